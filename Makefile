@@ -1,0 +1,44 @@
+# The commands of this repository. Each sets up what it needs, and is quick when nothing changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+QUICKSTART_DATA := data/quickstart
+QUICKSTART_RUN := runs/quickstart
+
+.PHONY: setup quickstart test lint types format clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "partialfc needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	    { rm -rf $(VENV); echo "python -m venv failed: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(QUICKSTART_DATA)/train/manifest.json: | setup
+	$(BIN)/partialfc data synthesize --identities 2000 --images-per-identity 20 --verification-identities 300 \
+	    --image-size 48 --seed 0 --out $(QUICKSTART_DATA)
+
+quickstart: setup $(QUICKSTART_DATA)/train/manifest.json
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/torchrun.sh configs/quickstart.yaml
+
+test: setup lint types
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(QUICKSTART_DATA) $(QUICKSTART_RUN)

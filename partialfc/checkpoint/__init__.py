@@ -1,0 +1,5 @@
+"""Saving and restoring a run."""
+
+from partialfc.checkpoint.store import CheckpointError, CheckpointStore
+
+__all__ = ["CheckpointError", "CheckpointStore"]

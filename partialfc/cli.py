@@ -1,0 +1,172 @@
+"""The command line: `partialfc train | evaluate | data ... | config-schema`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from partialfc.distributed.launch import rank_from_environment
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, or 2 with one message on standard error for a user's mistake."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    # Imported late: the message of a mistyped command need not wait for torch.
+    from partialfc.checkpoint import CheckpointError
+    from partialfc.train import DivergedError
+
+    try:
+        options.command(options)
+    except (ValueError, OSError, ImportError, CheckpointError, DivergedError) as error:
+        rank = rank_from_environment()
+        place = f" (rank {rank})" if rank else ""
+        print(f"partialfc: error{place}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("partialfc: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    from partialfc.config import load_config
+    from partialfc.evaluate import result_table
+    from partialfc.train import train
+
+    trained = train(load_config(options.config, options.overrides))
+    if rank_from_environment() == 0 and trained.verifications:
+        print(result_table(trained.verifications))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from partialfc.evaluate import evaluate_run, result_table
+
+    verification = evaluate_run(options.run)
+    if rank_from_environment() == 0:
+        print(result_table({"trained": verification}))
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from partialfc.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def _synthesize(options: argparse.Namespace) -> None:
+    from partialfc.data import inspect, synthesize
+
+    with _progress("synthesize") as report:
+        synthesize(
+            options.out,
+            identities=options.identities,
+            images_per_identity=options.images_per_identity,
+            seed=options.seed,
+            image_size=options.image_size,
+            difficulty=options.difficulty,
+            verification_identities=options.verification_identities,
+            on_progress=report,
+        )
+    print(inspect(options.out))
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from partialfc.data import pack
+
+    with _progress("pack") as report:
+        result = pack(
+            options.source,
+            options.out,
+            verification_share=options.verification_share,
+            seed=options.seed,
+            image_size=options.image_size,
+            samples_per_shard=options.samples_per_shard,
+            on_progress=report,
+        )
+    print(result)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from partialfc.data import inspect
+
+    print(inspect(options.directory))
+
+
+class _progress:  # noqa: N801
+    """A progress bar behind the callback (done, total) that the data functions call."""
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        from partialfc.telemetry import ProgressBar
+
+        self._bar: ProgressBar | None = None
+
+        def report(done: int, total: int) -> None:
+            if self._bar is None:
+                self._bar = ProgressBar(total, description=self._description, unit="images")
+            self._bar.update(done - self._bar.count)
+
+        return report
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="partialfc", description="Partial-FC training over millions of identities.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train as a configuration says; also under torchrun")
+    train.add_argument("config", type=Path, help="a YAML file, such as configs/quickstart.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override one value of the file")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("evaluate", help="verify the newest checkpoint of a run; also under torchrun")
+    evaluate.add_argument("run", type=Path, help="the run.directory of a training")
+    evaluate.set_defaults(command=_evaluate)
+
+    schema = commands.add_parser("config-schema", help="print the JSON schema of configuration files, for editors")
+    schema.set_defaults(command=_schema)
+
+    _add_data_commands(commands.add_parser("data", help="make and look at data sets"))
+    return parser
+
+
+def _add_data_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    synthesize = commands.add_parser("synthesize", help="generate identities that nobody has")
+    synthesize.add_argument("--identities", type=int, required=True, help="identities to train on")
+    synthesize.add_argument("--images-per-identity", type=int, required=True)
+    synthesize.add_argument("--verification-identities", type=int, default=0, help="identities set aside")
+    synthesize.add_argument("--seed", type=int, default=0)
+    synthesize.add_argument("--image-size", type=int, default=112, help="in pixels")
+    synthesize.add_argument("--difficulty", type=float, default=0.5, help="how much views differ, in [0, 1]")
+    synthesize.add_argument("--out", type=Path, required=True, help="folder to make")
+    synthesize.set_defaults(command=_synthesize)
+
+    pack = commands.add_parser("pack", help="pack a folder of identity folders into tar shards")
+    pack.add_argument("source", type=Path, help="a folder with one folder of images for each identity")
+    pack.add_argument("--out", type=Path, required=True, help="folder to make")
+    pack.add_argument("--verification-share", type=float, default=0.0, help="share of identities set aside")
+    pack.add_argument("--image-size", type=int, default=None, help="resize to this many pixels; default: keep")
+    pack.add_argument("--samples-per-shard", type=int, default=10_000)
+    pack.add_argument("--seed", type=int, default=0, help="chooses the identities set aside")
+    pack.set_defaults(command=_pack)
+
+    inspect = commands.add_parser("inspect", help="print counts, sizes and labels of a data set")
+    inspect.add_argument("directory", type=Path)
+    inspect.set_defaults(command=_inspect)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

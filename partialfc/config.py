@@ -1,0 +1,301 @@
+"""The whole configuration tree: what can be set, its defaults, and the errors for what cannot.
+
+A configuration is YAML. `extends: other.yaml` starts from another file; later values win. A margin, a center optimizer
+and a schedule are replaced, not merged, when their name changes: the settings of one mean nothing to another. On the
+command line, `head.sample_rate=0.1` overrides one value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    WithJsonSchema,
+)
+
+from partialfc.backbones import BACKBONES
+from partialfc.head.optimizers import CenterAdamW, CenterOptimizer, CenterSGD
+from partialfc.margins import MARGINS, Margin
+from partialfc.optim import SCHEDULES, Cosine, MultiStep, Polynomial
+
+__all__ = ["Config", "dump_config", "json_schema", "load_config"]
+
+CENTER_OPTIMIZERS: dict[str, type] = {"sgd": CenterSGD, "adamw": CenterAdamW}
+
+Entry = TypeVar("Entry")
+
+
+def _suggestion(given: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _from_table(table: Mapping[str, type[Entry]], kind: str, default: str | None) -> Callable[[Any], Entry]:
+    """A validator that turns {name: ..., setting: ...} into the dataclass of that name."""
+
+    def build(value: Any) -> Entry:
+        if not isinstance(value, Mapping):
+            if type(value) in table.values():
+                return value
+            raise ValueError(f"must be a mapping with the name of a {kind} and its settings")
+        name = value.get("name", default)
+        if not isinstance(name, str) or name not in table:
+            raise ValueError(
+                f"name is {name!r}, but must be one of {', '.join(table)}{_suggestion(str(name), list(table))}"
+            )
+        allowed = [field.name for field in dataclasses.fields(table[name])]  # type: ignore[arg-type]
+        for key in value:
+            if key != "name" and key not in allowed:
+                raise ValueError(
+                    f"{name} has no setting {key!r}{_suggestion(str(key), allowed)}; it has {', '.join(allowed)}"
+                )
+        return TypeAdapter(table[name]).validate_python({key: value[key] for key in value if key != "name"})
+
+    return build
+
+
+def _choice(
+    table: Mapping[str, type], kind: str, default: str | None = None
+) -> tuple[BeforeValidator, PlainSerializer, WithJsonSchema]:
+    """What makes a field one of the dataclasses in `table`, written as {name: ..., setting: ...}."""
+    names = {entry: name for name, entry in table.items()}
+
+    def dump(value: Any) -> dict[str, Any]:
+        return {"name": names[type(value)], **dataclasses.asdict(value)}
+
+    schemas = []
+    for name, entry in table.items():
+        schema = TypeAdapter(entry).json_schema()
+        schema["properties"] = {"name": {"const": name}, **schema.get("properties", {})}
+        required = [] if name == default else ["name"]
+        schemas.append({**schema, "required": required, "additionalProperties": False})
+    return BeforeValidator(_from_table(table, kind, default)), PlainSerializer(dump), WithJsonSchema({"anyOf": schemas})
+
+
+MarginChoice = Annotated[Margin, *_choice(MARGINS, "margin")]
+CenterOptimizerChoice = Annotated[Any, *_choice(CENTER_OPTIMIZERS, "center optimizer", "sgd")]
+ScheduleChoice = Annotated[Polynomial | Cosine | MultiStep, *_choice(SCHEDULES, "schedule", "polynomial")]
+
+
+def _known_backbone(name: str) -> str:
+    if name not in BACKBONES and not name.startswith("timm:"):
+        raise ValueError(f"must be one of {', '.join(BACKBONES)}, or timm:NAME{_suggestion(name, list(BACKBONES))}")
+    return name
+
+
+# Merged as a whole: see `_merge`.
+_CHOICES = (("head", "margin"), ("head", "optimizer"), ("training", "schedule"))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
+
+
+class RunConfig(_Section):
+    """Where the run lives, and what it starts from."""
+
+    directory: Path = Field(description="everything the run writes; given again, the run goes on where it stopped")
+    seed: int = Field(default=0, description="of everything random; the same on all ranks")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one")
+    log_every_steps: int = Field(default=10, ge=1)
+
+
+class DataConfig(_Section):
+    """A data set as `partialfc data` writes it. The number of classes and of images comes from its index."""
+
+    directory: Path = Field(description="a folder with train/ and, for evaluation, verification/")
+    image_size: int = Field(default=112, ge=16, description="in pixels; images of another size are resized")
+    horizontal_flip: bool = Field(default=True, description="mirror half of the training images")
+    num_workers: int = Field(default=2, ge=0, description="loader processes of each rank; 0 loads in the rank itself")
+
+
+class BackboneConfig(_Section):
+    """The embedding network."""
+
+    name: Annotated[str, AfterValidator(_known_backbone)] = "iresnet50"
+    embedding_dim: int = Field(default=512, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict, description="settings of that network, such as dropout")
+
+
+class HeadConfig(_Section):
+    """The class centers and the loss over them."""
+
+    margin: MarginChoice
+    sample_rate: float = Field(default=1.0, gt=0, le=1, description="share of the classes in play at each step")
+    optimizer: CenterOptimizerChoice = Field(default_factory=CenterSGD)
+    init_std: float = Field(default=0.01, gt=0, description="standard deviation of initial class-center elements")
+    num_classes: int | None = Field(default=None, ge=1, description="null: as many as the data has")
+
+
+class OptimizerConfig(_Section):
+    """The optimizer of the backbone."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = Field(default=0.1, ge=0, description="at the given global batch size; nothing rescales it")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="adamw only")
+    weight_decay: float = Field(default=5e-4, ge=0)
+    decay_norms: bool = Field(default=True, description="whether weight decay acts on norms and biases too")
+    max_gradient_norm: float | None = Field(default=5.0, gt=0, description="clipping of the backbone; null: none")
+
+
+class TrainingConfig(_Section):
+    """How long, in what portions, and at what rate."""
+
+    epochs: float = Field(gt=0, description="passes over the data; may be a fraction")
+    warmup_epochs: float = Field(default=0.0, ge=0, description="linear rise of the learning rate at the start")
+    global_batch_size: int = Field(ge=1, description="images of a step over all ranks")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the backbone; the head is fp32")
+    schedule: ScheduleChoice = Field(default_factory=Polynomial, description="of backbone and class centers alike")
+
+
+class EvaluationConfig(_Section):
+    """Verification on the identities that training never sees."""
+
+    enabled: bool = Field(default=True, description="false for data without a verification split")
+    at_start: bool = Field(default=False, description="also evaluate the untrained network")
+    every_steps: int | None = Field(default=None, ge=1, description="null: at the end only")
+    num_pairs: int = Field(default=6000, ge=20, multiple_of=20, description="of the ten-fold protocol")
+    far: float = Field(default=0.01, gt=0, lt=1, description="false accept rate at which TAR is reported")
+    batch_size: int = Field(default=128, ge=1, description="images of a step of one rank")
+
+
+class CheckpointConfig(_Section):
+    """When the run is saved. It always is at the end."""
+
+    every_steps: int | None = Field(default=1000, ge=1, description="null: at the end only")
+    keep_last: int = Field(default=3, ge=1)
+
+
+class Config(_Section):
+    """A whole run."""
+
+    run: RunConfig
+    data: DataConfig
+    backbone: BackboneConfig = Field(default_factory=BackboneConfig)
+    head: HeadConfig
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    training: TrainingConfig
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+
+    @property
+    def center_optimizer(self) -> CenterOptimizer:
+        """`head.optimizer`, with its type."""
+        optimizer: CenterOptimizer = self.head.optimizer
+        return optimizer
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; everybody means the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a configuration file and the files it extends, applies overrides, and checks the whole.
+
+    Args:
+        path: the YAML file.
+        overrides: "key.sub=value" strings; the value is read as YAML.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if anything is wrong; the message names each key, what was given, and what is allowed.
+    """
+    values = _read(Path(path), ())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ValueError(f"override {override!r} must look like key.sub=value")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"override {override!r}: the value is not YAML: {error}") from error
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        values = _merge(values, value)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        raise ValueError(f"{path} is not a valid configuration:\n{lines}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The configuration as YAML with every value spelt out; `load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a configuration file, for editors."""
+    return Config.model_json_schema()
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ValueError(f"{path} extends itself, by way of {' -> '.join(str(file) for file in seen)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no configuration file {path}")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of sections, but holds {type(values).__name__}")
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: extends is {base!r}, but must be the path of one file")
+    return _merge(_read(path.parent / base, (*seen, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
+    if path in _CHOICES and "name" in over and over["name"] != base.get("name"):
+        return dict(over)
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value, (*path, key)) if both else value
+    return merged
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic error as: dotted path, what was given, what is allowed."""
+    path = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+    if problem["type"] == "extra_forbidden":
+        section = _section_at(problem["loc"][:-1])
+        allowed = list(section.model_fields)
+        return f"{path}: unknown key{_suggestion(str(problem['loc'][-1]), allowed)}; allowed are {', '.join(allowed)}"
+    if problem["type"] == "missing":
+        return f"{path}: is missing; set it in the file, or as {path}=... on the command line"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    return f"{path}: {problem['input']!r} given; {message}"
+
+
+def _section_at(location: Sequence[int | str]) -> type[BaseModel]:
+    section: type[BaseModel] = Config
+    for part in location:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        section = annotation
+    return section

@@ -1,0 +1,146 @@
+"""Verification of a backbone on identities that training never sees: in a run, and of a finished one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partialfc.backbones import build_backbone
+from partialfc.checkpoint import CheckpointStore
+from partialfc.config import Config, load_config
+from partialfc.data import SequentialLoader, ShardIndex, normalize_images
+from partialfc.distributed.launch import process_group
+from partialfc.distributed.mesh import ShardMesh
+from partialfc.evaluation import VerificationResult, extract_embeddings, verify
+
+__all__ = [
+    "Verification",
+    "autocast_dtype",
+    "evaluate_run",
+    "load_backbone",
+    "open_verification",
+    "result_table",
+    "verify_backbone",
+]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a verification found, at the false accept rate of the configuration."""
+
+    result: VerificationResult
+    far: float
+
+    @property
+    def roc(self) -> tuple[Tensor, Tensor]:
+        """False and true accept rates, ascending, [K] each."""
+        return self.result.counts.far(), self.result.counts.tar()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `tar_at_far` is one number, at `far`."""
+        return {**self.result.to_dict(), "tar_at_far": self.result.tar_at_far[self.far], "far": self.far}
+
+
+def autocast_dtype(config: Config) -> torch.dtype | None:
+    """The precision that the backbone runs in under autocast; None for fp32."""
+    return {"fp32": None, "bf16": torch.bfloat16}[config.training.precision]
+
+
+def open_verification(config: Config) -> ShardIndex:
+    """The verification split of the run's data.
+
+    Raises:
+        FileNotFoundError: if the data has none; it says what to do.
+    """
+    directory = config.data.directory / "verification"
+    if config.data.directory.is_dir() and not directory.is_dir():
+        raise FileNotFoundError(
+            f"{config.data.directory} has no verification split: pack it with --verification-share, or set "
+            "evaluation.enabled=false"
+        )
+    return ShardIndex.open(directory)
+
+
+def verify_backbone(
+    backbone: nn.Module, index: ShardIndex, config: Config, *, mesh: ShardMesh, device: torch.device
+) -> Verification:
+    """Embeds the verification images on all ranks and verifies them; the same result on every rank."""
+    loader = SequentialLoader(
+        index=index,
+        batch_size=config.evaluation.batch_size,
+        rank=mesh.rank,
+        world_size=mesh.size,
+        image_size=config.data.image_size,
+        num_workers=config.data.num_workers,
+    )
+    embeddings, labels = extract_embeddings(
+        backbone,
+        loader,
+        device=device,
+        mesh=mesh,
+        normalize_images=normalize_images,
+        autocast_dtype=autocast_dtype(config),
+    )
+    far = config.evaluation.far
+    result = verify(embeddings, labels, num_pairs=config.evaluation.num_pairs, seed=config.run.seed, fars=[far])
+    return Verification(result, far)
+
+
+def load_backbone(run_directory: str | Path) -> tuple[nn.Module, Config]:
+    """The trained backbone of a run, on the CPU and in evaluation mode, and the run's configuration.
+
+    It maps float images [b, 3, H, W] in [-1, 1], RGB (see `partialfc.data.normalize_images`), to embeddings [b, D].
+
+    Raises:
+        FileNotFoundError: if the directory holds no run or no checkpoint.
+    """
+    config = _run_config(run_directory)
+    store = CheckpointStore(Path(run_directory) / "checkpoints", mesh=ShardMesh.single())
+    path = store.latest()
+    if path is None:
+        raise FileNotFoundError(f"{run_directory} has no checkpoint yet; train it first")
+    backbone = build_backbone(
+        config.backbone.name,
+        embedding_dim=config.backbone.embedding_dim,
+        image_size=config.data.image_size,
+        **config.backbone.options,
+    )
+    state = {"backbone": backbone.state_dict()}
+    store.load(path, state)
+    backbone.load_state_dict(state["backbone"])
+    return backbone.eval(), config
+
+
+def evaluate_run(run_directory: str | Path) -> Verification:
+    """Verifies the newest checkpoint of a run, on all launched ranks.
+
+    Raises:
+        FileNotFoundError: if the run, its checkpoint or its verification data is missing.
+    """
+    config = _run_config(run_directory)
+    with process_group(config.run.device) as (mesh, device):
+        index = open_verification(config)
+        backbone, _ = load_backbone(run_directory)
+        return verify_backbone(backbone.to(device), index, config, mesh=mesh, device=device)
+
+
+def result_table(verifications: dict[str, Verification]) -> str:
+    """A small table for people: a row for each named verification."""
+    far = next(iter(verifications.values())).far
+    lines = [f"{'':<12}{'accuracy (10-fold)':>22}{f'TAR@FAR={far:g}':>16}{'AUC':>9}"]
+    for name, verification in verifications.items():
+        result = verification.result
+        accuracy = f"{result.accuracy:.4f} +- {result.accuracy_std:.4f}"
+        lines.append(f"{name:<12}{accuracy:>22}{result.tar_at_far[far]:>16.4f}{result.auc:>9.4f}")
+    return "\n".join(lines)
+
+
+def _run_config(run_directory: str | Path) -> Config:
+    path = Path(run_directory) / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_directory} is not the directory of a run: it has no config.yaml")
+    return load_config(path)

@@ -1,0 +1,111 @@
+"""Which class centers take part in a step, and at which place among them each label is.
+
+The classes are cut into cells, and in each cell the first few elements of a permutation keyed by (seed, step, cell)
+are drawn. So a draw costs what it draws, needs no vector over all classes, is the same for any number of ranks, and
+whether a label was drawn, and as which element, is arithmetic: the permutation is inverted. Every class is drawn with
+the same probability, `inclusion_probability`. The classes of the batch ("positives") always take part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partialfc.distributed.partition import ClassPartition, block_size_for
+from partialfc.keyed import KeyedPermutation, hash64
+
+__all__ = ["ClassesInPlay", "NegativeSampler", "all_in_play"]
+
+_SAMPLING_STREAM = 2  # keeps these hashes apart from those of other parts that use the same seed
+_RATE_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class ClassesInPlay:
+    """The rows of this rank's class centers that take part in a step.
+
+    Attributes:
+        rows: [n] int64, distinct, in [0, num_local_classes); None if all of them, in order.
+        owned_B: [B] bool, whether the label of a row of the batch lives on this rank.
+        slot_B: [B] int64, where it does: the place of the label among `rows`; 0 elsewhere.
+    """
+
+    rows: Tensor | None
+    owned_B: Tensor
+    slot_B: Tensor
+
+
+def _owned(labels_B: Tensor, partition: ClassPartition) -> Tensor:
+    start = partition.class_start
+    return (labels_B >= start) & (labels_B < start + partition.num_local_classes)
+
+
+def all_in_play(labels_B: Tensor, partition: ClassPartition) -> ClassesInPlay:
+    """Every class takes part: no sampling."""
+    owned_B = _owned(labels_B, partition)
+    return ClassesInPlay(None, owned_B, torch.where(owned_B, labels_B - partition.class_start, 0))
+
+
+class NegativeSampler:
+    """Draws a share of the classes anew at each step.
+
+    Args:
+        num_classes: classes over all ranks.
+        sample_rate: the share to draw, in (0, 1).
+        seed: of the run.
+
+    Attributes:
+        cell_size: classes in a cell: as few blocks as bring the share within 2 % of `sample_rate`.
+        draws_per_cell: how many of them are drawn.
+    """
+
+    def __init__(self, num_classes: int, sample_rate: float, *, seed: int) -> None:
+        assert 0 < sample_rate < 1
+        self.seed = seed
+        self.cell_size, self.draws_per_cell = _cell(num_classes, sample_rate)
+        self._permutation = KeyedPermutation(self.cell_size)
+
+    @property
+    def inclusion_probability(self) -> float:
+        """The probability that a class which is not in the batch is drawn, the same for all."""
+        return self.draws_per_cell / self.cell_size
+
+    def in_play(self, labels_B: Tensor, partition: ClassPartition, step: int) -> ClassesInPlay:
+        """The classes that take part in `step` on the rank of `partition`, for labels [B] of the global batch."""
+        start, stop = partition.class_start, partition.class_start + partition.num_local_classes
+        first_cell, last_cell = start // self.cell_size, -(-stop // self.cell_size)
+        cells = torch.arange(first_cell, max(first_cell, last_cell), device=labels_B.device)[:, None]
+        draws = torch.arange(self.draws_per_cell, device=labels_B.device)[None, :]
+        drawn = (cells * self.cell_size + self._permutation(draws, self._key(step, cells))).flatten()
+        # A cell may straddle the border to another rank, and the last one the end of the classes.
+        mine = (drawn >= start) & (drawn < stop)
+        place_of_draw = mine.cumsum(0) - 1
+
+        owned_B = _owned(labels_B, partition)
+        own_labels = torch.where(owned_B, labels_B, start)
+        cell_B = own_labels // self.cell_size
+        draw_B = self._permutation.inverse(own_labels % self.cell_size, self._key(step, cell_B))
+        drawn_B = draw_B < self.draws_per_cell
+        added = torch.unique(labels_B[owned_B & ~drawn_B])
+
+        rows = torch.cat([drawn[mine], added]) - start
+        slot_B = mine.sum() + torch.searchsorted(added, own_labels)
+        if drawn.numel():
+            number_B = torch.where(drawn_B, (cell_B - first_cell) * self.draws_per_cell + draw_B, 0)
+            slot_B = torch.where(drawn_B, place_of_draw[number_B], slot_B)
+        return ClassesInPlay(rows, owned_B, torch.where(owned_B, slot_B, 0))
+
+    def _key(self, step: int, cell: Tensor) -> Tensor:
+        return hash64(self.seed, _SAMPLING_STREAM, step, cell)
+
+
+def _cell(num_classes: int, sample_rate: float) -> tuple[int, int]:
+    """(cell size, draws): whole blocks, unless all the classes together are too few for the rate."""
+    block_size = block_size_for(num_classes)
+    for cell_size in range(block_size, num_classes, block_size):
+        draws = round(sample_rate * cell_size)
+        if draws and abs(draws / cell_size - sample_rate) <= _RATE_TOLERANCE * sample_rate:
+            return cell_size, draws
+    return num_classes, max(1, round(sample_rate * num_classes))

@@ -1,0 +1,187 @@
+"""The whole trainer on real tar shards: what a run leaves, resume bit for bit, and what bad input does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from partialfc.cli import main
+from partialfc.data import synthesize
+from partialfc.distributed.mesh import ShardMesh
+from partialfc.evaluate import load_backbone
+from partialfc.telemetry import read_metrics
+
+IDENTITIES = 24
+GLOBAL_BATCH = 16
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data") / "faces"
+    synthesize(
+        directory, identities=IDENTITIES, images_per_identity=4, seed=1, image_size=32, verification_identities=12
+    )
+    return directory
+
+
+def _config(tmp_path: Path, faces: Path, **sections: dict[str, Any]) -> Path:
+    values: dict[str, Any] = {
+        "run": {"directory": str(tmp_path / "run"), "log_every_steps": 1, "device": "cpu"},
+        "data": {"directory": str(faces), "image_size": 32, "num_workers": 0},
+        "backbone": {"name": "iresnet10", "embedding_dim": 16, "options": {"width": 8, "dropout": 0.2}},
+        "head": {"margin": {"name": "ArcFace", "scale": 16.0}, "sample_rate": 0.5},
+        "training": {"epochs": STEPS * GLOBAL_BATCH / (IDENTITIES * 4), "global_batch_size": GLOBAL_BATCH},
+        "evaluation": {"at_start": True, "num_pairs": 100, "batch_size": 10},
+        "checkpoint": {"every_steps": 3},
+    }
+    for name, section in sections.items():
+        values[name] = {**values[name], **section}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def _torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "-m", "partialfc.cli", *arguments], capture_output=True, text=True, timeout=240, env=environment
+    )
+
+
+def _checkpoint_tensors(run: Path, name: str) -> dict[str, Any]:
+    """Every entry of a checkpoint, loaded without the trainer."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    whole = run / f"{name}.pt"
+    dcp_to_torch_save(run / "checkpoints" / name, whole)
+    return _flat(torch.load(whole, weights_only=False))
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{path}/{name}").items()}
+    return {path: value}
+
+
+def _assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        same = torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
+        assert same, f"{name} differs"
+
+
+def _losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+
+
+def test_a_run_leaves_everything_and_resumes_bit_for_bit(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = _config(tmp_path, data), tmp_path / "run"
+    assert main(["train", str(config)]) == 0
+    assert "TAR@FAR=0.01" in capsys.readouterr().out
+
+    summary = json.loads((run / "summary.json").read_text())
+    assert 0 <= summary["untrained"]["accuracy"] <= 1
+    assert 0 <= summary["trained"]["tar_at_far"] <= 1
+    assert summary["steps"] == STEPS
+    assert summary["num_classes"] == IDENTITIES
+    assert summary["images_per_second"] > 0
+    for name in ("config.yaml", "loss.png", "roc.png"):
+        assert (run / name).stat().st_size > 0
+    assert list((run / "tensorboard").glob("events.*"))
+    assert len(_losses(run)) == STEPS
+    straight, losses = _checkpoint_tensors(run, "step-00000006"), _losses(run)
+
+    # As if killed after step 4: the checkpoint of step 3 is the last, metrics are ahead of it.
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    (run / "summary.json").unlink()
+    assert main(["train", str(config)]) == 0
+    assert _losses(run) == losses
+    _assert_same(_checkpoint_tensors(run, "step-00000006"), straight)
+
+    # A finished run started again does nothing but say so again.
+    before = json.loads((run / "summary.json").read_text())
+    assert main(["train", str(config)]) == 0
+    assert json.loads((run / "summary.json").read_text()) == before
+    assert _losses(run) == losses
+
+    backbone, _ = load_backbone(run)
+    assert backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 0
+    assert f"{summary['trained']['accuracy']:.4f}" in capsys.readouterr().out
+
+
+def test_two_ranks_train_and_resume_bit_for_bit(tmp_path: Path, data: Path) -> None:
+    config, run = _config(tmp_path, data), tmp_path / "run"
+    first = _torchrun(2, "train", str(config))
+    assert first.returncode == 0, first.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["world_size"] == 2
+    straight, losses = _checkpoint_tensors(run, "step-00000006"), _losses(run)
+    assert all(torch.tensor(losses).isfinite())
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    second = _torchrun(2, "train", str(config))
+    assert second.returncode == 0, second.stderr
+    assert "going on from" in second.stderr
+    assert _losses(run) == losses
+    _assert_same(_checkpoint_tensors(run, "step-00000006"), straight)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"head": {"sampel_rate": 0.1}}, "head.sampel_rate: unknown key; did you mean 'sample_rate'?"),
+        ({"training": {"global_batch_size": "many"}}, "training.global_batch_size: 'many' given"),
+        ({"head": {"sample_rate": 0}}, "head.sample_rate: 0 given; must be greater than 0"),
+        ({"head": {"sample_rate": 1.5}}, "head.sample_rate: 1.5 given; must be less than or equal to 1"),
+        ({"head": {"num_classes": 5}}, "head.num_classes is 5, but"),
+        ({"data": {"directory": "/nowhere/at/all"}}, "/nowhere/at/all"),
+        ({"run": {"directory": "/dev/null/run"}}, "/dev/null/run cannot be written"),
+        ({"backbone": {"options": {"widht": 8}}}, "widht"),
+    ],
+)
+def test_bad_input_is_one_message(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], sections: dict[str, Any], message: str
+) -> None:
+    assert main(["train", str(_config(tmp_path, data, **sections))]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("partialfc: error: ")
+    assert message in error
+    assert error.count("error:") == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_data_without_verification_says_what_to_do(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only_train = tmp_path / "only_train"
+    shutil.copytree(data / "train", only_train / "train")
+    assert main(["train", str(_config(tmp_path, only_train))]) == 2
+    assert "evaluation.enabled=false" in capsys.readouterr().err
+    config = _config(tmp_path, only_train, evaluation={"enabled": False, "at_start": False})
+    assert main(["train", str(config)]) == 0
+    assert "trained" not in json.loads((tmp_path / "run" / "summary.json").read_text())
+
+
+def test_a_changed_seed_does_not_resume(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = _config(tmp_path, data, training={"epochs": 0.1})
+    assert main(["train", str(config)]) == 0
+    assert main(["train", str(config), "run.seed=5"]) == 2
+    assert "was saved with seed 0, but this run has 5" in capsys.readouterr().err
+
+
+def test_single_mesh_needs_no_group() -> None:
+    assert ShardMesh.from_group() == ShardMesh.single()

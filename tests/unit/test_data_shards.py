@@ -1,0 +1,279 @@
+"""Data shards and their index: written in one pass, read back whole, damage found."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from partialfc.data import ShardIndex, decode_image, inspect, synthesize
+from partialfc.data.index import INDEX, LABEL_NAMES, MANIFEST, compute_fingerprint
+from partialfc.data.writer import SplitWriter, staged_directory
+
+
+@pytest.fixture
+def split(tmp_path):
+    """Five samples of two identities in shards of two."""
+    directory = tmp_path / "set" / "train"
+    directory.mkdir(parents=True)
+    with SplitWriter(directory, samples_per_shard=2) as writer:
+        writer.label_names = ["ada", "grace"]
+        for number in range(5):
+            writer.add(
+                f"id.{number % 2}/é-{number}", bytes([number]) * (500 + 7 * number), extension="png", label=number % 2
+            )
+    return directory
+
+
+def rewrite(split, **changes):
+    """Changes the manifest, with a fingerprint that fits."""
+    manifest = json.loads((split / MANIFEST).read_text()) | changes
+    manifest["fingerprint"] = compute_fingerprint(split, manifest)
+    (split / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_index_describes_what_was_written(split):
+    index = ShardIndex.open(split)
+    assert (index.num_samples, index.num_classes) == (5, 2)
+    assert index.label_names == ["ada", "grace"]
+    assert index.labels.tolist() == [0, 1, 0, 1, 0]
+    assert index.labels.dtype == np.int64
+    assert index.shard_sizes == [2, 2, 1]
+    assert index.shard_bytes == [path.stat().st_size for path in index.shard_paths]
+    assert [index.read(number) for number in range(5)] == [bytes([number]) * (500 + 7 * number) for number in range(5)]
+    assert index.image_bytes == sum(500 + 7 * number for number in range(5))
+
+
+def test_webdataset_reads_the_shards(split):
+    index = ShardIndex.open(split)
+    samples = list(webdataset.WebDataset([str(path) for path in index.shard_paths], shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"id.{number % 2}/é-{number}" for number in range(5)]
+    assert [sample["png"] for sample in samples] == [index.read(number) for number in range(5)]
+    assert [int(sample["cls"]) for sample in samples] == index.labels.tolist()
+
+
+def test_long_keys_keep_offsets_right(tmp_path):
+    with SplitWriter(tmp_path, samples_per_shard=10) as writer:
+        writer.label_names = ["a"]
+        for number in range(3):
+            writer.add("x" * 300 + str(number), bytes([number]) * 512, extension="jpg", label=0)
+    index = ShardIndex.open(tmp_path)
+    assert [index.read(number)[0] for number in range(3)] == [0, 1, 2]
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        synthesize(
+            tmp_path / name, identities=3, images_per_identity=2, seed=1, image_size=16, verification_identities=1
+        )
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert len(files) == 8
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    with tarfile.open(tmp_path / "a" / "train" / "shard-000000.tar") as tar:
+        assert {member.mtime for member in tar} == {0}
+
+
+def test_index_travels_to_other_processes(split):
+    index = ShardIndex.open(split)
+    index.read(0)
+    assert pickle.loads(pickle.dumps(index)).read(3) == index.read(3)
+
+
+def test_more_shards_than_open_files(split, monkeypatch):
+    monkeypatch.setattr("partialfc.data.index._MAX_OPEN_SHARDS", 1)
+    index = ShardIndex.open(split)
+    before = len(os.listdir("/proc/self/fd"))
+    assert [index.read(number)[0] for number in (0, 4, 1, 2, 3)] == [0, 4, 1, 2, 3]
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    del index
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_ids_outside_are_refused(split):
+    index = ShardIndex.open(split)
+    for sample_id in (-1, 5):
+        with pytest.raises(IndexError, match=rf"sample id {sample_id} is outside \[0, 5\)"):
+            index.read(sample_id)
+
+
+def test_cut_shard_is_found_at_open(split):
+    shard = split / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:1024])
+    with pytest.raises(
+        ValueError, match=r"shard-000001.tar: the data shard has 1024 bytes, but manifest.json says 10240"
+    ):
+        ShardIndex.open(split)
+
+
+def test_missing_shard_is_found_at_open(split):
+    (split / "shard-000002.tar").unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard-000002.tar: the data shard is missing"):
+        ShardIndex.open(split)
+
+
+def test_bit_rot_is_found_at_read(split):
+    index = ShardIndex.open(split)
+    shard = split / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[data.index(bytes([1]) * 507) + 100] ^= 1
+    shard.write_bytes(data)
+    assert index.read(0) == bytes(500)
+    with pytest.raises(ValueError, match=r"shard-000000.tar, sample 1 at byte \d+: .* crc32"):
+        index.read(1)
+
+
+def test_shard_cut_after_open_is_found_at_read(split):
+    index = ShardIndex.open(split)
+    with open(split / "shard-000002.tar", "r+b") as file:
+        file.truncate(1536 + 100)
+    with pytest.raises(ValueError, match=r"shard-000002.tar, sample 4 at byte \d+: 528 bytes expected, .* holds \d+"):
+        index.read(4)
+
+
+@pytest.mark.parametrize("name", [INDEX, LABEL_NAMES, MANIFEST])
+def test_missing_index_file_is_named(split, name):
+    (split / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"train: {name} is missing"):
+        ShardIndex.open(split)
+
+
+def test_changed_index_is_found(split):
+    data = bytearray((split / INDEX).read_bytes())
+    data[-20] ^= 1
+    (split / INDEX).write_bytes(data)
+    with pytest.raises(ValueError, match="a file was changed or damaged"):
+        ShardIndex.open(split)
+
+
+def test_label_gap_is_refused(split):
+    records = np.load(split / INDEX)
+    records["label"] *= 2
+    np.save(split / INDEX, records)
+    rewrite(split, num_classes=3)
+    with pytest.raises(ValueError, match=r"1 of 3 labels have no sample, first 1; labels must cover \[0, 3\)"):
+        ShardIndex.open(split)
+    rewrite(split, num_classes=2)
+    with pytest.raises(ValueError, match=r"label 2 is outside \[0, 2\)"):
+        ShardIndex.open(split)
+
+
+def test_labels_must_fit_the_names(tmp_path):
+    writer = SplitWriter(tmp_path, samples_per_shard=1)
+    writer.label_names = ["a", "b", "c"]
+    writer.add("0", b"x", extension="jpg", label=0)
+    writer.add("1", b"x", extension="jpg", label=2)
+    with pytest.raises(ValueError, match="1 of 3 labels have no sample, first 1"):
+        writer.__exit__(None, None, None)
+
+
+def test_other_formats_and_folders_are_refused(split, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"this is not a split; it holds the splits \['train'\]"):
+        ShardIndex.open(split.parent)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        ShardIndex.open(tmp_path / "nothing")
+    rewrite(split, version=2)
+    with pytest.raises(ValueError, match=r"format \('partialfc-split', 2\), but this version reads"):
+        ShardIndex.open(split)
+    (split / MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match="not a manifest of a split"):
+        ShardIndex.open(split)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_nothing_is_left_behind_on_an_error(tmp_path, error):
+    def write():
+        with staged_directory(tmp_path / "set") as staging:
+            (staging / "train").mkdir()
+            (staging / "train" / "file").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_never_overwritten(tmp_path):
+    target = tmp_path / "set"
+    target.mkdir()
+    synthesize(target, identities=1, images_per_identity=1, seed=0, image_size=16)
+    before = (target / "train" / MANIFEST).read_text()
+    with pytest.raises(FileExistsError, match="set: already there and not an empty folder"):
+        synthesize(target, identities=2, images_per_identity=1, seed=0, image_size=16)
+    assert (target / "train" / MANIFEST).read_text() == before
+
+
+def test_synthesize_writes_both_splits(tmp_path):
+    calls = []
+    synthesize(
+        tmp_path / "set",
+        identities=30,
+        images_per_identity=10,
+        seed=0,
+        image_size=24,
+        verification_identities=5,
+        on_progress=lambda done, total: calls.append((done, total)),
+    )
+    train, verification = (ShardIndex.open(tmp_path / "set" / name) for name in ("train", "verification"))
+    assert (train.num_samples, train.num_classes, verification.num_classes) == (300, 30, 5)
+    assert np.bincount(train.labels).tolist() == [10] * 30
+    assert np.bincount(verification.labels).tolist() == [10] * 5
+    assert not set(train.label_names) & set(verification.label_names)
+    assert len(np.unique(train.labels[:40])) > 15  # Written in mixed order.
+    assert decode_image(train.read(7)).shape == (24, 24, 3)
+    assert calls == [(256, 350), (300, 350), (350, 350)]
+
+
+def test_interrupted_synthesis_leaves_nothing(tmp_path):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(tmp_path / "set", identities=2, images_per_identity=1, seed=0, image_size=16, on_progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_synthesize_refuses_impossible_numbers(tmp_path):
+    with pytest.raises(ValueError, match="identities=0"):
+        synthesize(tmp_path / "set", identities=0, images_per_identity=1, seed=0, image_size=16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_counts(tmp_path):
+    directory = tmp_path / "set" / "train"
+    directory.mkdir(parents=True)
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 30)).save(buffer, "PNG")
+    with SplitWriter(directory, samples_per_shard=4) as writer:
+        writer.label_names = ["a", "b", "c"]
+        for number, label in enumerate([0, 1, 1, 2, 2, 2, 2, 2, 2]):
+            writer.add(str(number), buffer.getvalue(), extension="png", label=label)
+    report = inspect(tmp_path / "set")
+    (split,) = report.splits
+    assert (split.name, split.num_samples, split.num_classes, split.num_shards) == ("train", 9, 3, 3)
+    assert split.image_sizes == {(20, 30): 9}
+    assert split.images_per_identity == (1, 2.0, 6)
+    assert split.histogram == ((1, 1, 1), (2, 2, 1), (3, 3, 0), (4, 4, 0), (5, 5, 0), (6, 6, 1))
+    assert split.image_bytes == 9 * len(buffer.getvalue())
+    assert inspect(directory).splits == (split,)
+    text = str(report)
+    assert "9 of 3 identities" in text
+    assert "1 to 6 images, median 2" in text
+    assert split.fingerprint in text
+    with pytest.raises(FileNotFoundError, match="neither a data set nor a split"):
+        inspect(tmp_path)
+
+
+def test_inspect_names_what_is_no_image(split):
+    with pytest.raises(ValueError, match=r"shard-000000.tar, sample 0 at byte \d+: not an image"):
+        inspect(split)
+
+
+def test_checksum_is_that_of_the_image(split):
+    records = np.load(split / INDEX)
+    assert records["crc32"].tolist() == [zlib.crc32(bytes([number]) * (500 + 7 * number)) for number in range(5)]

@@ -97,8 +97,8 @@ def _known_backbone(name: str) -> str:
     return name
 
 
-# Merged as a whole: see `_merge`.
-_CHOICES = (("head", "margin"), ("head", "optimizer"), ("training", "schedule"))
+# What is replaced when its name changes (see `_merge`), and the name it has when none is given.
+_CHOICES = {("head", "margin"): None, ("head", "optimizer"): "sgd", ("training", "schedule"): "polynomial"}
 
 
 class _Section(BaseModel):
@@ -246,7 +246,9 @@ def dump_config(config: Config) -> str:
 
 def json_schema() -> dict[str, Any]:
     """The JSON schema of a configuration file, for editors."""
-    return Config.model_json_schema()
+    schema = Config.model_json_schema()
+    schema["properties"]["extends"] = {"type": "string", "description": "path of a file to start from"}
+    return schema
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -269,7 +271,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
-    if path in _CHOICES and "name" in over and over["name"] != base.get("name"):
+    if path in _CHOICES and "name" in over and over["name"] != base.get("name", _CHOICES[path]):
         return dict(over)
     merged = dict(base)
     for key, value in over.items():

@@ -29,13 +29,17 @@ __all__ = [
     "sum_over_shards",
 ]
 
+# torch 2.13 renamed these two.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def all_gather_equal(local: Tensor, mesh: ShardMesh) -> Tensor:
     """[n, ...] on each rank, equal n -> [size * n, ...] on every rank, in rank order. No gradient."""
     if mesh.size == 1:
         return local
     gathered = local.new_empty((mesh.size * local.shape[0], *local.shape[1:]))
-    dist.all_gather_into_tensor(gathered, local.contiguous(), group=mesh.group)
+    _all_gather_single(gathered, local.contiguous(), group=mesh.group)
     return gathered
 
 
@@ -44,7 +48,7 @@ def reduce_scatter_equal(partial: Tensor, mesh: ShardMesh) -> Tensor:
     if mesh.size == 1:
         return partial
     own = partial.new_empty((partial.shape[0] // mesh.size, *partial.shape[1:]))
-    dist.reduce_scatter_tensor(own, partial.contiguous(), group=mesh.group)
+    _reduce_scatter_single(own, partial.contiguous(), group=mesh.group)
     return own
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-__all__ = ["ShardMesh"]
+__all__ = ["ProcessGroup", "ShardMesh"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ShardMesh:
 
     rank: int = 0
     size: int = 1
-    group: dist.ProcessGroup | None = None
+    group: ProcessGroup | None = None
 
     @classmethod
     def single(cls) -> ShardMesh:
@@ -33,7 +34,7 @@ class ShardMesh:
         return cls()
 
     @classmethod
-    def from_group(cls, process_group: dist.ProcessGroup | None = None) -> ShardMesh:
+    def from_group(cls, process_group: ProcessGroup | None = None) -> ShardMesh:
         """The mesh over `process_group`; None means the default group, or a process on its own if there is none."""
         if process_group is None:
             if not (dist.is_available() and dist.is_initialized()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -21,6 +22,10 @@ from partialfc.distributed.mesh import ShardMesh
 from partialfc.optim import set_learning_rate
 
 __all__ = ["DDPEngine"]
+
+# Batch statistics stay each rank's own until somebody looks at them: see evaluation_backbone. torch 2.13 renamed it.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_BUFFERS_STAY_LOCAL: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
 class DDPEngine:
@@ -43,17 +48,16 @@ class DDPEngine:
         autocast_dtype: torch.dtype | None = None,
         max_gradient_norm: float | None = None,
     ) -> None:
-        # Convolutions are 15 to 50 % faster so, on the CPU too; the values are the same.
-        self._backbone = backbone.to(memory_format=torch.channels_last)
+        # Convolutions are 15 to 50 % faster so, on the CPU too.
+        self._backbone = backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._optimizer = optimizer
         self._mesh = mesh
         self._autocast_dtype = autocast_dtype
         self._max_gradient_norm = max_gradient_norm
         self._replica = backbone
         if mesh.group is not None:
-            # Batch statistics stay each rank's own until somebody looks at them: see evaluation_backbone.
             self._replica = DistributedDataParallel(
-                backbone, process_group=mesh.group, gradient_as_bucket_view=True, broadcast_buffers=False
+                backbone, process_group=mesh.group, gradient_as_bucket_view=True, **_BUFFERS_STAY_LOCAL
             )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -65,7 +69,7 @@ class DDPEngine:
 
     def backward(self, loss: Tensor) -> None:
         """See `BackboneEngine.backward`. DistributedDataParallel averages over ranks, hence the factor."""
-        (loss * self._mesh.size).backward()  # type: ignore[no-untyped-call]
+        (loss * self._mesh.size).backward()
 
     def step(self, *, learning_rate: float) -> tuple[float, bool]:
         """See `BackboneEngine.step`."""

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from partialfc.distributed.collectives import reduce_scatter_equal
-from partialfc.distributed.mesh import ShardMesh
+from partialfc.distributed.mesh import ProcessGroup, ShardMesh
 from partialfc.distributed.partition import ClassPartition
 from partialfc.head.class_centers import ClassCenters
 from partialfc.head.global_batch import BatchGather, GlobalBatch
@@ -85,7 +84,7 @@ class PartialFC(nn.Module):
         device: torch.device | str | None = None,
         seed: int = 0,
         init_std: float = 0.01,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check_arguments(embedding_dim, sample_rate, dtype, init_std)

@@ -118,10 +118,10 @@ def _angular_target(cosine: Tensor, factor: float, offset: float, tail: Tail) ->
     """cos(factor * theta + offset), with the chosen behaviour where that angle passes pi."""
     theta = torch.acos(cosine.clamp(-_COSINE_LIMIT, _COSINE_LIMIT))
     shifted = torch.cos(factor * theta + offset)
-    if tail == "none":
-        return shifted
     if tail == "easy":
         return torch.where(cosine > 0, shifted, cosine)
-    cosine_at_pi = math.cos(min((math.pi - offset) / factor, math.pi))
+    if tail == "none" or factor * math.pi + offset <= math.pi:
+        return shifted
+    cosine_at_pi = math.cos((math.pi - offset) / factor)
     drop = max(offset * math.sin(offset), 1.0 + cosine_at_pi)
     return torch.where(cosine > cosine_at_pi, shifted, cosine - drop)

@@ -1,0 +1,66 @@
+"""Trains with a loss bug planted on purpose, to see that the embedded data tells a broken loss from a right one.
+
+    torchrun --standalone --nproc-per-node=2 tools/planted_bugs.py shifted-labels configs/quickstart.yaml \
+        run.directory=runs/shifted-labels
+
+A run with a bug ends near the accuracy of an untrained network, or the data would be too easy to be a check.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partialfc.cli import main
+from partialfc.head.class_centers import ClassCenters
+from partialfc.head.partial_fc import PartialFC
+
+
+def shift_labels() -> None:
+    """Every other row of a batch gets the label of the next class."""
+    forward = PartialFC.forward
+
+    def shifted(self: PartialFC, embeddings: Tensor, labels: Tensor) -> Tensor:
+        every_other = torch.arange(len(labels), device=labels.device) % 2
+        return forward(self, embeddings, (labels + every_other) % self.partition.num_classes)
+
+    PartialFC.forward = shifted  # type: ignore[method-assign]
+
+
+def freeze_centers() -> None:
+    """Class centers never move."""
+    ClassCenters.update = lambda *_, **__: None  # type: ignore[method-assign]
+
+
+def flip_center_gradient() -> None:
+    """Class centers climb the loss."""
+    update: Callable[..., None] = ClassCenters.update
+
+    def flipped(self: ClassCenters, rows: Tensor | None, gradient_nD: Tensor, **rest: Any) -> None:
+        update(self, rows, -gradient_nD, **rest)
+
+    ClassCenters.update = flipped  # type: ignore[method-assign]
+
+
+def flip_embedding_gradient() -> None:
+    """Embeddings climb the loss."""
+    finish = PartialFC._finish_step
+    PartialFC._finish_step = lambda self, pending: -finish(self, pending)  # type: ignore[method-assign]
+
+
+BUGS: dict[str, Callable[[], None]] = {
+    "shifted-labels": shift_labels,
+    "frozen-centers": freeze_centers,
+    "flipped-center-gradient": flip_center_gradient,
+    "flipped-embedding-gradient": flip_embedding_gradient,
+}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] not in BUGS:
+        sys.exit(f"usage: planted_bugs.py {{{','.join(BUGS)}}} CONFIG [key.sub=value ...]")
+    BUGS[sys.argv[1]]()
+    sys.exit(main(["train", *sys.argv[2:]]))

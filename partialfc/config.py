@@ -167,7 +167,7 @@ class EvaluationConfig(_Section):
     """Verification on the identities that training never sees."""
 
     enabled: bool = Field(default=True, description="false for data without a verification split")
-    at_start: bool = Field(default=False, description="also evaluate the untrained network")
+    at_start: bool = Field(default=False, description="also evaluate raw pixels and the untrained network")
     every_steps: int | None = Field(default=None, ge=1, description="null: at the end only")
     num_pairs: int = Field(default=6000, ge=20, multiple_of=20, description="of the ten-fold protocol")
     far: float = Field(default=0.01, gt=0, lt=1, description="false accept rate at which TAR is reported")

@@ -15,7 +15,13 @@ from partialfc.config import Config, load_config
 from partialfc.data import SequentialLoader, ShardIndex, normalize_images
 from partialfc.distributed.launch import process_group
 from partialfc.distributed.mesh import ShardMesh
-from partialfc.evaluation import VerificationResult, extract_embeddings, verify
+from partialfc.evaluation import (
+    VerificationResult,
+    extract_embeddings,
+    make_pairs,
+    nearest_neighbor_accuracy,
+    verify,
+)
 
 __all__ = [
     "Verification",
@@ -34,6 +40,7 @@ class Verification:
 
     result: VerificationResult
     far: float
+    nearest_neighbor_accuracy: float
 
     @property
     def roc(self) -> tuple[Tensor, Tensor]:
@@ -42,7 +49,12 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `tar_at_far` is one number, at `far`."""
-        return {**self.result.to_dict(), "tar_at_far": self.result.tar_at_far[self.far], "far": self.far}
+        return {
+            **self.result.to_dict(),
+            "tar_at_far": self.result.tar_at_far[self.far],
+            "far": self.far,
+            "nearest_neighbor_accuracy": self.nearest_neighbor_accuracy,
+        }
 
 
 def autocast_dtype(config: Config) -> torch.dtype | None:
@@ -51,10 +63,11 @@ def autocast_dtype(config: Config) -> torch.dtype | None:
 
 
 def open_verification(config: Config) -> ShardIndex:
-    """The verification split of the run's data.
+    """The verification split of the run's data, able to make the pairs that the configuration asks for.
 
     Raises:
         FileNotFoundError: if the data has none; it says what to do.
+        ValueError: if it has too few images for `evaluation.num_pairs`.
     """
     directory = config.data.directory / "verification"
     if config.data.directory.is_dir() and not directory.is_dir():
@@ -62,7 +75,10 @@ def open_verification(config: Config) -> ShardIndex:
             f"{config.data.directory} has no verification split: pack it with --verification-share, or set "
             "evaluation.enabled=false"
         )
-    return ShardIndex.open(directory)
+    index = ShardIndex.open(directory)
+    # Drawn here too, so that a run which cannot be evaluated does not begin.
+    make_pairs(torch.as_tensor(index.labels), num_pairs=config.evaluation.num_pairs, seed=config.run.seed)
+    return index
 
 
 def verify_backbone(
@@ -87,7 +103,7 @@ def verify_backbone(
     )
     far = config.evaluation.far
     result = verify(embeddings, labels, num_pairs=config.evaluation.num_pairs, seed=config.run.seed, fars=[far])
-    return Verification(result, far)
+    return Verification(result, far, nearest_neighbor_accuracy(embeddings, labels))
 
 
 def load_backbone(run_directory: str | Path) -> tuple[nn.Module, Config]:
@@ -131,11 +147,13 @@ def evaluate_run(run_directory: str | Path) -> Verification:
 def result_table(verifications: dict[str, Verification]) -> str:
     """A small table for people: a row for each named verification."""
     far = next(iter(verifications.values())).far
-    lines = [f"{'':<12}{'accuracy (10-fold)':>22}{f'TAR@FAR={far:g}':>16}{'AUC':>9}"]
+    header = ("", "accuracy (10-fold)", f"TAR@FAR={far:g}", "AUC", "nearest neighbour")
+    lines = ["{:<12}{:>20}{:>14}{:>9}{:>20}".format(*header)]
     for name, verification in verifications.items():
         result = verification.result
         accuracy = f"{result.accuracy:.4f} +- {result.accuracy_std:.4f}"
-        lines.append(f"{name:<12}{accuracy:>22}{result.tar_at_far[far]:>16.4f}{result.auc:>9.4f}")
+        line = f"{name:<12}{accuracy:>20}{result.tar_at_far[far]:>14.4f}{result.auc:>9.4f}"
+        lines.append(f"{line}{verification.nearest_neighbor_accuracy:>20.4f}")
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ from partialfc.evaluation import plot_loss, plot_roc
 from partialfc.head import PartialFC
 from partialfc.keyed import hash64
 from partialfc.optim import build_optimizer, learning_rate_at
-from partialfc.telemetry import METRICS_FILE, MetricsLog, ProgressBar, profiled, read_metrics
+from partialfc.telemetry import METRICS_FILE, MetricsLog, ProgressBar, Throughput, profiled, read_metrics
 
 __all__ = ["DivergedError", "Trained", "train"]
 
@@ -46,7 +46,7 @@ class Trained:
 
     Attributes:
         summary: the content of summary.json.
-        verifications: by "untrained" and "trained", those that the configuration asks for.
+        verifications: by "pixels", "untrained" and "trained", those that the configuration asks for.
     """
 
     summary: dict[str, Any]
@@ -77,19 +77,6 @@ class _Run:
         return self.mesh.rank == 0
 
 
-@dataclass
-class _Throughput:
-    """Images a second of training alone: evaluation, checkpoints and the first step, which warms up, left out."""
-
-    images: int = 0
-    seconds: float = 0.0
-    waiting_seconds: float = 0.0
-
-    @property
-    def images_per_second(self) -> float:
-        return self.images / self.seconds if self.seconds else 0.0
-
-
 def train(config: Config) -> Trained:
     """Trains as the configuration says, on all launched ranks, and evaluates; goes on where an earlier start stopped.
 
@@ -105,12 +92,13 @@ def train(config: Config) -> Trained:
         run = _assemble(config, mesh, device)
         verifications: dict[str, Verification] = {}
         if config.evaluation.at_start:
-            # Before the checkpoint is loaded, so that a resumed run has the figures of the untrained network too.
-            _verify(run, "untrained", verifications)
+            # Before the checkpoint is loaded, so that a resumed run has these figures too.
+            _verify(run, nn.Flatten(), "pixels", verifications)
+            _verify(run, run.engine.evaluation_backbone(), "untrained", verifications)
         _resume(run)
         with MetricsLog(run.directory, resume_step=run.step + 1, enabled=run.is_first_rank) as metrics:
             throughput = _train_steps(run, metrics)
-        _verify(run, "trained", verifications)
+        _verify(run, run.engine.evaluation_backbone(), "trained", verifications)
         summary = _summarize(run, throughput, verifications)
     return Trained(summary, verifications)
 
@@ -221,58 +209,74 @@ def _resume(run: _Run) -> None:
         logger.info("going on from %s, step %d of %d", path, run.step, run.total_steps)
 
 
-def _train_steps(run: _Run, metrics: MetricsLog) -> _Throughput:
-    config, throughput = run.config, _Throughput()
-    batch_size = config.training.global_batch_size
-    progress = ProgressBar(
+def _train_steps(run: _Run, metrics: MetricsLog) -> Throughput:
+    batch_size = run.config.training.global_batch_size
+    throughput, record = Throughput(), _Record(run, metrics)
+    with ProgressBar(
         run.total_steps * batch_size,
         description="train",
         unit="images",
         initial=run.step * batch_size,
         enabled=run.is_first_rank and run.step < run.total_steps,
-    )
-    losses: list[float] = []
-    skipped = failed_samples = 0
-    with progress:
-        batches = iter(_loader(run))
-        first_step = run.step
+    ) as progress:
+        batches, first_step = iter(_loader(run)), run.step
         while run.step < run.total_steps:
             started = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - started
             loss, gradient_norm, updated = _train_step(run, batch)
-            if run.step > first_step:
-                throughput.images += batch_size
-                throughput.seconds += time.perf_counter() - started
-                throughput.waiting_seconds += waited
+            if run.step > first_step:  # the first step warms up
+                throughput.add(batch_size, seconds=time.perf_counter() - started, waiting_seconds=waited)
             run.step += 1
-            for failure in batch.failures:
-                logger.warning("step %d: sample masked: %s", run.step, failure)
-            failed_samples += len(batch.failures)
-
-            skipped = 0 if updated and math.isfinite(loss) else skipped + 1
-            if skipped == _MOST_SKIPPED_STEPS:
-                raise DivergedError(
-                    f"loss or gradient was not finite for {skipped} steps up to step {run.step} (loss {loss}); "
-                    "lower the learning rates, lengthen training.warmup_epochs, or lower the margin's scale"
-                )
-            losses.append(loss)
-            progress.update(batch_size, loss=loss, lr=_learning_rate(run, config.optimizer.learning_rate, run.step - 1))
-            if run.step % config.run.log_every_steps == 0 or run.step == run.total_steps:
-                metrics.write(
-                    run.step,
-                    {
-                        "loss": sum(losses) / len(losses),
-                        "learning_rate": _learning_rate(run, config.optimizer.learning_rate, run.step - 1),
-                        "gradient_norm": gradient_norm,
-                        "images_per_second": throughput.images_per_second,
-                        "data_share_of_time": throughput.waiting_seconds / max(throughput.seconds, 1e-9),
-                        "failed_samples_of_rank_0": failed_samples,
-                    },
-                )
-                losses.clear()
+            record.step(loss, gradient_norm, updated, batch.failures, throughput)
+            progress.update(batch_size, loss=loss, lr=record.learning_rate)
             _when_due(run, metrics)
     return throughput
+
+
+class _Record:
+    """What is written of each step, and the decision to give up."""
+
+    def __init__(self, run: _Run, metrics: MetricsLog) -> None:
+        self._run, self._metrics = run, metrics
+        self._losses: list[float] = []
+        self._skipped = self._failed_samples = 0
+        self.learning_rate = 0.0
+
+    def step(
+        self, loss: float, gradient_norm: float, updated: bool, failures: tuple[str, ...], throughput: Throughput
+    ) -> None:
+        """After step number `run.step`.
+
+        Raises:
+            DivergedError: if too many steps in a row were not finite.
+        """
+        run = self._run
+        for failure in failures:
+            logger.warning("step %d: sample masked: %s", run.step, failure)
+        self._failed_samples += len(failures)
+        self._skipped = 0 if updated and math.isfinite(loss) else self._skipped + 1
+        if self._skipped == _MOST_SKIPPED_STEPS:
+            raise DivergedError(
+                f"loss or gradient was not finite for {self._skipped} steps up to step {run.step} (loss {loss}); "
+                "lower the learning rates, lengthen training.warmup_epochs, or lower the margin's scale"
+            )
+        self._losses.append(loss)
+        self.learning_rate = _learning_rate(run, run.config.optimizer.learning_rate, run.step - 1)
+        if run.step % run.config.run.log_every_steps and run.step != run.total_steps:
+            return
+        self._metrics.write(
+            run.step,
+            {
+                "loss": sum(self._losses) / len(self._losses),
+                "learning_rate": self.learning_rate,
+                "gradient_norm": gradient_norm,
+                "images_per_second": throughput.images_per_second,
+                "data_waiting_share": throughput.waiting_share,
+                "failed_samples_of_rank_0": self._failed_samples,
+            },
+        )
+        self._losses.clear()
 
 
 def _loader(run: _Run) -> TorchLoader:
@@ -342,14 +346,14 @@ def _when_due(run: _Run, metrics: MetricsLog) -> None:
         run.store.save(run.step, _state(run), metadata=_facts(run))
 
 
-def _verify(run: _Run, name: str, verifications: dict[str, Verification]) -> None:
+def _verify(run: _Run, backbone: nn.Module, name: str, verifications: dict[str, Verification]) -> None:
     if run.verification_index is not None:
         verifications[name] = verify_backbone(
-            run.engine.evaluation_backbone(), run.verification_index, run.config, mesh=run.mesh, device=run.device
+            backbone, run.verification_index, run.config, mesh=run.mesh, device=run.device
         )
 
 
-def _summarize(run: _Run, throughput: _Throughput, verifications: dict[str, Verification]) -> dict[str, Any]:
+def _summarize(run: _Run, throughput: Throughput, verifications: dict[str, Verification]) -> dict[str, Any]:
     """Writes summary.json and the plots on the first rank. A finished run that is started again keeps its speed."""
     path = run.directory / "summary.json"
     if throughput.images == 0 and path.is_file():

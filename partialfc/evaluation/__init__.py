@@ -1,6 +1,7 @@
 """From embeddings to verification figures and plots."""
 
 from partialfc.evaluation.extract import extract_embeddings
+from partialfc.evaluation.identification import nearest_neighbor_accuracy
 from partialfc.evaluation.plots import plot_loss, plot_roc
 from partialfc.evaluation.roc import ScoreCounts, count_scores
 from partialfc.evaluation.verification import (
@@ -20,6 +21,7 @@ __all__ = [
     "count_scores",
     "extract_embeddings",
     "make_pairs",
+    "nearest_neighbor_accuracy",
     "plot_loss",
     "plot_roc",
     "roc_curve",

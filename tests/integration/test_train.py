@@ -151,6 +151,7 @@ def test_two_ranks_train_and_resume_bit_for_bit(tmp_path: Path, data: Path) -> N
         ({"data": {"directory": "/nowhere/at/all"}}, "/nowhere/at/all"),
         ({"run": {"directory": "/dev/null/run"}}, "/dev/null/run cannot be written"),
         ({"backbone": {"options": {"widht": 8}}}, "widht"),
+        ({"evaluation": {"num_pairs": 6000}}, "6000"),
     ],
 )
 def test_bad_input_is_one_message(

@@ -1,0 +1,298 @@
+"""Configuration files: what they may say, how they join, and the message for everything they may not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from partialfc.config import CENTER_OPTIMIZERS, Config, dump_config, json_schema, load_config
+from partialfc.head import CenterAdamW, CenterSGD
+from partialfc.margins import MARGINS, ArcFace, CosFace
+from partialfc.optim import SCHEDULES, Cosine, Polynomial
+
+MINIMAL = """\
+run: {directory: runs/one}
+data: {directory: data/one}
+head: {margin: {name: ArcFace}}
+training: {epochs: 2, global_batch_size: 64}
+"""
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file into the test's folder, and returns its path."""
+
+    def write(text: str, name: str = "config.yaml") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    """The lines of the error, without its heading."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_config(path, overrides)
+    heading, *lines = str(error.value).splitlines()
+    assert heading == f"{path} is not a valid configuration:"
+    return [line.removeprefix("  ") for line in lines]
+
+
+def test_a_minimal_file_and_its_defaults(write):
+    config = load_config(write(MINIMAL))
+    assert config.run.directory == Path("runs/one")
+    assert config.head.margin == ArcFace()
+    assert config.center_optimizer == CenterSGD()
+    assert config.head.sample_rate == 1.0
+    assert config.training.schedule == Polynomial()
+    assert config.backbone.name == "iresnet50"
+    assert config.checkpoint.every_steps == 1000
+
+
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("optimizer", CENTER_OPTIMIZERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_dumped_loads_to_the_same(write, margin, optimizer, schedule):
+    settings = " milestones: [0.5, 0.75]" if schedule == "multistep" else ""
+    text = MINIMAL.replace("{name: ArcFace}", f"{{name: {margin}, scale: 32}}")
+    overrides = (f"head.optimizer.name={optimizer}", f"training.schedule={{name: {schedule},{settings}}}")
+    config = load_config(write(text), (*overrides, "backbone.options={dropout: 0.1}"))
+    again = load_config(write(dump_config(config), "dump.yaml"))
+    assert again == config
+    assert type(again.head.margin) is MARGINS[margin]
+    assert again.head.margin.scale == 32.0
+    assert type(again.center_optimizer) is CENTER_OPTIMIZERS[optimizer]
+    assert dump_config(again) == dump_config(config)
+
+
+def test_the_dump_spells_out_every_value(write):
+    text = dump_config(load_config(write(MINIMAL)))
+    for line in ("sample_rate: 1.0", "momentum: 0.9", "tail: linear", "power: 2.0", "every_steps: null"):
+        assert line in text
+
+
+def test_the_quickstart_is_valid():
+    assert isinstance(load_config(QUICKSTART), Config)
+
+
+def test_extends_joins_files_and_later_values_win(write):
+    write(MINIMAL + "optimizer: {learning_rate: 0.4, momentum: 0.8}\n", "base/base.yaml")
+    write("extends: ../base/base.yaml\noptimizer: {learning_rate: 0.2}\n", "middle/middle.yaml")
+    config = load_config(write("extends: middle/middle.yaml\ntraining: {epochs: 5}\n"), ["optimizer.weight_decay=0"])
+    assert (config.optimizer.learning_rate, config.optimizer.momentum) == (0.2, 0.8)
+    assert config.optimizer.weight_decay == 0.0
+    assert (config.training.epochs, config.training.global_batch_size) == (5.0, 64)
+
+
+def test_a_file_that_extends_itself_is_refused(write):
+    first = write("extends: second.yaml\n", "first.yaml")
+    second = write("extends: first.yaml\n", "second.yaml")
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_config(first)
+    assert str(error.value) == f"{first} extends itself, by way of {first} -> {second}"
+
+
+def test_a_file_may_be_extended_by_two_others_in_a_row(write):
+    write(MINIMAL, "base.yaml")
+    write("extends: base.yaml\n", "sub/../one.yaml")
+    assert load_config(write("extends: one.yaml\n")) == load_config(write(MINIMAL, "again.yaml"))
+
+
+def test_a_new_name_replaces_the_settings_and_the_old_name_keeps_them(write):
+    base = MINIMAL.replace("{name: ArcFace}", "{name: ArcFace, scale: 32, tail: easy}")
+    write(base + "optimizer: {name: adamw, weight_decay: 0.1}\n", "base.yaml")
+    other = load_config(write("extends: base.yaml\nhead: {margin: {name: CosFace, margin: 0.4}}\n"))
+    assert other.head.margin == CosFace(margin=0.4)
+    same = load_config(write("extends: base.yaml\nhead: {margin: {name: ArcFace, margin: 0.4}}\n"))
+    assert same.head.margin == ArcFace(scale=32.0, margin=0.4, tail="easy")
+    unnamed = load_config(write("extends: base.yaml\nhead: {margin: {margin: 0.4}}\n"))
+    assert unnamed.head.margin == same.head.margin
+
+
+def test_naming_the_default_is_no_change_of_name(write):
+    text = MINIMAL.replace("}}\n", "}, optimizer: {learning_rate: 0.7}}\n", 1)
+    path = write(text.replace("global_batch_size: 64", "global_batch_size: 64, schedule: {power: 1}"))
+    config = load_config(path, ["head.optimizer.name=sgd", "training.schedule.name=polynomial"])
+    assert config.center_optimizer == CenterSGD(learning_rate=0.7)
+    assert config.training.schedule == Polynomial(power=1.0)
+    config = load_config(path, ["head.optimizer.name=adamw", "training.schedule.name=cosine"])
+    assert config.center_optimizer == CenterAdamW()
+    assert config.training.schedule == Cosine()
+
+
+def test_overrides_are_yaml_and_apply_in_order(write):
+    config = load_config(
+        write(MINIMAL),
+        [
+            "head.sample_rate=0.5",
+            "head.sample_rate=0.1",
+            "run.seed=7",
+            "data.horizontal_flip=false",
+            "optimizer.max_gradient_norm=null",
+            "optimizer.betas=[0.8, 0.9]",
+            "backbone.options.dropout=0.2",
+            "run.directory=a=b",
+        ],
+    )
+    assert config.head.sample_rate == 0.1
+    assert config.run.seed == 7
+    assert config.data.horizontal_flip is False
+    assert config.optimizer.max_gradient_norm is None
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.backbone.options == {"dropout": 0.2}
+    assert config.run.directory == Path("a=b")
+
+
+@pytest.mark.parametrize(("text", "number"), [("1e-3", 1e-3), ("5E-4", 5e-4), ("1.e+1", 10.0), (".5e0", 0.5), ("2", 2)])
+def test_scientific_notation_is_a_number(write, text, number):
+    assert load_config(write(MINIMAL), [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == number
+    assert load_config(write(MINIMAL + f"backbone: {{options: {{x: {text}}}}}")).backbone.options["x"] == number
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        (
+            "head.smaple_rate=0.1",
+            "head.smaple_rate: unknown key; did you mean 'sample_rate'?; allowed are margin, sample_rate, optimizer, "
+            "init_std, num_classes",
+        ),
+        (
+            "bakbone.name=vit_tiny",
+            "bakbone: unknown key; did you mean 'backbone'?; allowed are run, data, backbone, head, optimizer, "
+            "training, evaluation, checkpoint",
+        ),
+        ("head.sample_rate=0", "head.sample_rate: 0 given; must be greater than 0"),
+        ("head.sample_rate=1.5", "head.sample_rate: 1.5 given; must be less than or equal to 1"),
+        ("run.seed=x", "run.seed: 'x' given; must be a valid integer, unable to parse string as an integer"),
+        ("head.sample_rate.x=1", "head.sample_rate: {'x': 1} given; must be a valid number"),
+        ("training.precision=fp8", "training.precision: 'fp8' given; must be 'fp32' or 'bf16'"),
+        ("evaluation.num_pairs=30", "evaluation.num_pairs: 30 given; must be a multiple of 20"),
+        ("optimizer.name=lamb", "optimizer.name: 'lamb' given; must be 'sgd' or 'adamw'"),
+        (
+            "head.margin.name=ArcFac",
+            "head.margin: {'name': 'ArcFac'} given; name is 'ArcFac', but must be one of Softmax, NormFace, CosFace, "
+            "ArcFace, CombinedMargin; did you mean 'ArcFace'?",
+        ),
+        ("head.margin=64", "head.margin: 64 given; must be a mapping with the name of a margin and its settings"),
+        (
+            "head.margin.margn=0.4",
+            "head.margin: {'name': 'ArcFace', 'margn': 0.4} given; ArcFace has no setting 'margn'; did you mean "
+            "'margin'?; it has scale, gradient, margin, tail",
+        ),
+        (
+            "head.margin.scale=big",
+            "head.margin.scale: 'big' given; must be a valid number, unable to parse string as a number",
+        ),
+        ("head.margin.tail=flat", "head.margin.tail: 'flat' given; must be 'linear', 'none' or 'easy'"),
+        (
+            "head.margin.margin=28.6",
+            "head.margin: {'margin': 28.6} given; ArcFace.margin is 28.6, but must be in [0, pi), in radians",
+        ),
+        (
+            "head.optimizer.name=sgdd",
+            "head.optimizer: {'name': 'sgdd'} given; name is 'sgdd', but must be one of sgd, adamw; did you mean "
+            "'sgd'?",
+        ),
+        (
+            "head.optimizer.learning_rate=-1",
+            "head.optimizer: {'learning_rate': -1} given; CenterSGD.learning_rate is -1.0, but must not be negative",
+        ),
+        (
+            "backbone.name=iresnet5",
+            "backbone.name: 'iresnet5' given; must be one of iresnet10, iresnet18, iresnet34, iresnet50, iresnet100, "
+            "iresnet200, mobilefacenet, vit_tiny, vit_small, vit_base, vit_large, or timm:NAME; did you mean "
+            "'iresnet50'?",
+        ),
+        (
+            "training.schedule.name=cosin",
+            "training.schedule: {'name': 'cosin'} given; name is 'cosin', but must be one of "
+            + ", ".join(SCHEDULES)
+            + "; did you mean 'cosine'?",
+        ),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(write, override, problem):
+    assert problems(write(MINIMAL), override) == [problem]
+
+
+def test_everything_wrong_is_reported_at_once(write):
+    assert problems(write("run: {seed: 1.5}\nhead: {sample_rate: 2}\n")) == [
+        "run.directory: is missing; set it in the file, or as run.directory=... on the command line",
+        "run.seed: 1.5 given; must be a valid integer, got a number with a fractional part",
+        "data: is missing; set it in the file, or as data=... on the command line",
+        "head.margin: is missing; set it in the file, or as head.margin=... on the command line",
+        "head.sample_rate: 2 given; must be less than or equal to 1",
+        "training: is missing; set it in the file, or as training=... on the command line",
+    ]
+
+
+@pytest.mark.parametrize("override", ["head.sample_rate", "=1", "head..sample_rate=1", ".seed=1"])
+def test_an_override_without_key_or_value_is_refused(write, override):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_config(write(MINIMAL), [override])
+    assert str(error.value) == f"override {override!r} must look like key.sub=value"
+
+
+def test_an_override_that_is_not_yaml_is_refused(write):
+    with pytest.raises(ValueError, match=r"^override 'run.seed=\[1': the value is not YAML: while parsing"):
+        load_config(write(MINIMAL), ["run.seed=[1"])
+
+
+def test_a_file_that_is_not_yaml_is_refused(write):
+    path = write("run: [\n")
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_config(path)
+    assert str(error.value).startswith(f"{path} is not YAML: ")
+    path.write_bytes(b"\xff\xfe\x00run")
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_config(path)
+    assert str(error.value).startswith(f"{path} is not YAML: ")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- run\n", "list"), ("run\n", "str")])
+def test_a_file_without_sections_is_refused(write, text, kind):
+    path = write(text)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_config(path)
+    assert str(error.value) == f"{path} must hold a mapping of sections, but holds {kind}"
+
+
+def test_extends_takes_one_path(write):
+    path = write("extends: [a.yaml, b.yaml]\n")
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        load_config(path)
+    assert str(error.value) == f"{path}: extends is ['a.yaml', 'b.yaml'], but must be the path of one file"
+
+
+def test_a_missing_file_is_named(write, tmp_path):
+    for path, missing in (
+        (tmp_path / "none.yaml", tmp_path / "none.yaml"),
+        (write("extends: base.yaml\n"), tmp_path / "base.yaml"),
+        (tmp_path, tmp_path),
+    ):
+        with pytest.raises(FileNotFoundError) as error:
+            load_config(path)
+        assert str(error.value) == f"there is no configuration file {missing}"
+
+
+def test_the_schema_is_json_and_lists_every_choice():
+    schema = json.loads(json.dumps(json_schema()))
+    assert set(schema["properties"]) == {*Config.model_fields, "extends"}
+    sections = schema["$defs"]
+    for section, key, table in (
+        ("HeadConfig", "margin", MARGINS),
+        ("HeadConfig", "optimizer", CENTER_OPTIMIZERS),
+        ("TrainingConfig", "schedule", SCHEDULES),
+    ):
+        entries = {entry["properties"]["name"]["const"]: entry for entry in sections[section]["properties"][key]["anyOf"]}
+        assert set(entries) == set(table)
+        assert all(entry["additionalProperties"] is False for entry in entries.values())
+    margins = {entry["properties"]["name"]["const"]: entry for entry in sections["HeadConfig"]["properties"]["margin"]["anyOf"]}
+    assert margins["ArcFace"]["properties"]["tail"]["enum"] == ["linear", "none", "easy"]
+    assert margins["ArcFace"]["required"] == ["name"]

@@ -77,7 +77,7 @@ def open_verification(config: Config) -> ShardIndex:
         )
     index = ShardIndex.open(directory)
     # Drawn here too, so that a run which cannot be evaluated does not begin.
-    make_pairs(torch.as_tensor(index.labels), num_pairs=config.evaluation.num_pairs, seed=config.run.seed)
+    make_pairs(torch.from_numpy(index.labels.copy()), num_pairs=config.evaluation.num_pairs, seed=config.run.seed)
     return index
 
 

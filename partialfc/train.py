@@ -107,7 +107,6 @@ def _assemble(config: Config, mesh: ShardMesh, device: torch.device) -> _Run:
     index = ShardIndex.open(config.data.directory / "train")
     verification_index = open_verification(config) if config.evaluation.enabled else None
     num_classes = _num_classes(config, index)
-    _write_config(config, mesh)
 
     torch.manual_seed(config.run.seed)
     backbone = build_backbone(
@@ -130,6 +129,8 @@ def _assemble(config: Config, mesh: ShardMesh, device: torch.device) -> _Run:
     total_steps = math.ceil(config.training.epochs * index.num_samples / config.training.global_batch_size)
     store = CheckpointStore(config.run.directory / "checkpoints", mesh=mesh, keep_last=config.checkpoint.keep_last)
     engine = _build_engine(config, backbone, mesh)
+    # Last, so that a run which cannot begin leaves nothing behind.
+    _write_config(config, mesh)
     return _Run(config, mesh, device, index, verification_index, engine, head, store, total_steps)
 
 

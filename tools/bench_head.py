@@ -109,11 +109,11 @@ class Own:
 
 
 class PlainSoftmax:
-    """Cross entropy over all classes, as one writes it first."""
+    """Cross entropy over all classes, as one writes it first. `centers` [C, D] become its parameter."""
 
     def __init__(self, case: Case, centers: Tensor) -> None:
         self.case = case
-        self.weight = nn.Parameter(centers.clone())
+        self.weight = nn.Parameter(centers)
         self.optimizer = torch.optim.SGD(
             [self.weight],
             lr=OPTIMIZER.learning_rate,
@@ -194,17 +194,24 @@ def _logits(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return MARGIN.scale * cosine.scatter(1, labels[:, None], target_similarity(MARGIN, own, {}))
 
 
-def build(case: Case, names: Sequence[str]) -> dict[str, Contestant]:
+def build_all(case: Case) -> dict[str, Contestant]:
     """The contestants, all with the same class centers."""
     own = Own(case)
     centers = own.head.class_centers.select(None)
-    makers: dict[str, Callable[[], Contestant]] = {
-        "ours": lambda: own,
-        "plain": lambda: PlainSoftmax(case, centers),
-        "dense": lambda: DensePartial(case, centers),
-        "floor": lambda: Floor(case, centers),
+    return {
+        "ours": own,
+        "plain": PlainSoftmax(case, centers.clone()),
+        "dense": DensePartial(case, centers.clone()),
+        "floor": Floor(case, centers),
     }
-    return {name: makers[name]() for name in names}
+
+
+def build_one(case: Case, name: str) -> Contestant:
+    """A contestant that has to itself what it needs, for measuring its memory."""
+    if name == "ours":
+        return Own(case)
+    makers: dict[str, type[PlainSoftmax]] = {"plain": PlainSoftmax, "dense": DensePartial}
+    return makers[name](case, torch.empty(case.classes, case.dim, device=case.device).normal_(std=0.01))
 
 
 def draw_batch(case: Case, number: int) -> tuple[Tensor, Tensor]:
@@ -217,13 +224,14 @@ def draw_batch(case: Case, number: int) -> tuple[Tensor, Tensor]:
 def check_parity(case: Case) -> float:
     """The largest relative difference between the losses of three steps at sample rate 1.
 
-    Later losses depend on the updates before them, so they compare gradients and optimizers too.
+    The later losses depend on the updates before them, so they compare gradients and optimizers too.
 
     Raises:
         RuntimeError: if it is more than `PARITY_TOLERANCE`.
     """
     case = Case(min(case.classes, 2000), case.dim, case.batch, 1.0, case.device)
-    contestants = build(case, ("ours", "plain", "dense"))
+    contestants = build_all(case)
+    del contestants["floor"]
     worst = 0.0
     for number in range(3):
         losses = {name: float(entry.step(*draw_batch(case, number))) for name, entry in contestants.items()}
@@ -236,11 +244,11 @@ def check_parity(case: Case) -> float:
 
 def measure_seconds(case: Case, repeats: int) -> dict[str, list[float]]:
     """Seconds of a step for each contestant, `repeats` of them, taken in turns."""
-    contestants = build(case, ("ours", "plain", "dense", "floor"))
+    contestants = build_all(case)
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(WARMUP_STEPS + repeats):
-        first = number % len(names)  # Nobody shall always follow the same one.
+        first = number % len(names)  # The order goes round, so that nobody always starts.
         for name in names[first:] + names[:first]:
             embeddings, labels = draw_batch(case, number)
             _synchronize(case)
@@ -253,29 +261,154 @@ def measure_seconds(case: Case, repeats: int) -> dict[str, list[float]]:
 
 
 def measure_peak_bytes(case: Case, name: str) -> int:
-    """Peak memory of `name`, its class centers and optimizer state included, over what the process holds before.
+    """Peak memory of a contestant with its class centers and their momentum, over what the process held before.
 
-    To be called in a fresh process: resident memory has no reset.
+    To be called in a fresh process: the peak of resident memory cannot be taken back.
     """
     small = Case(min(case.classes, 300), case.dim, case.batch, case.sample_rate, case.device)
-    build(small, [name])[name].step(*draw_batch(small, 0))  # Libraries allocate their workspaces at first use.
-    base = _peak_bytes(case.device, reset=True)
-    contestant: Contestant = Own(case) if name == "ours" else _alone(case, name)
+    build_one(small, name).step(*draw_batch(small, 0))  # Libraries allocate their workspaces at first use.
+    base = _peak_bytes(case)
+    contestant = build_one(case, name)
     for number in range(2):
         contestant.step(*draw_batch(case, number))
-    return _peak_bytes(case.device) - base
-
-
-def _alone(case: Case, name: str) -> Contestant:
-    """A baseline without a copy of the class centers beside its own."""
-    makers = {"plain": PlainSoftmax, "dense": DensePartial}
-    contestant = makers[name](Case(1, case.dim, case.batch, 1.0, case.device), torch.empty(0, device=case.device))
-    contestant.case = case
-    contestant.weight = nn.Parameter(torch.randn(case.classes, case.dim, device=case.device).mul_(0.01))
-    contestant.optimizer.param_groups[0]["params"] = [contestant.weight]
-    return contestant
+    return _peak_bytes(case) - base
 
 
 def _synchronize(case: Case) -> None:
     if case.device == "cuda":
         torch.cuda.synchronize()
+
+
+def _peak_bytes(case: Case) -> int:
+    if case.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments: Any, environment: Mapping[str, str]) -> Result:
+    """What `function` returns in a new interpreter whose environment has these variables besides."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of paired figures: the median of their ratios, the lowest and the highest."""
+
+    middle: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.middle:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
+    """Ratios repeat by repeat; what slows the machine down for a while slows both figures of a pair."""
+    ratios = [above / below for above, below in zip(numerators, denominators, strict=True)]
+    return Ratio(median(ratios), min(ratios), max(ratios))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured of a case, by contestant; `load_average` is that of the minute before."""
+
+    case: Case
+    seconds: dict[str, list[float]]
+    peak_bytes: dict[str, int]
+    load_average: float
+
+    def __str__(self) -> str:
+        case = self.case
+        lines = [
+            f"C={case.classes:,} D={case.dim} B={case.batch} sample rate {case.sample_rate:g} "
+            f"(n={case.classes_in_play:,}), load average before {self.load_average:.1f}",
+            f"{'':6}{'ms/step':>9}  {'time / ours':<19}{'time / floor':<19}{'peak MiB':>9}  peak / ours",
+        ]
+        for name, seconds in self.seconds.items():
+            line = (
+                f"{name:6}{1000 * median(seconds):9.1f}  {paired_ratio(seconds, self.seconds['ours'])!s:<19}"
+                f"{paired_ratio(seconds, self.seconds['floor'])!s:<19}"
+            )
+            if name in self.peak_bytes:
+                peak = self.peak_bytes[name]
+                line += f"{peak / 2**20:9.0f}  {peak / self.peak_bytes['ours']:.2f}"
+            lines.append(line.rstrip())
+        return "\n".join(lines)
+
+
+def measure(case: Case, repeats: int) -> Outcome:
+    """Times and peak memory of a case."""
+    load_average = os.getloadavg()[0]
+    seconds = in_fresh_process(measure_seconds, case, repeats, environment=WARM_HEAP)
+    peaks = {
+        name: in_fresh_process(measure_peak_bytes, case, name, environment={}) for name in seconds if name != "floor"
+    }
+    return Outcome(case, seconds, peaks, load_average)
+
+
+def machine(device: str) -> str:
+    """Hardware, threads, torch and commit, in a line."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    described = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(described, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit {commit}"
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", type=int, nargs="+", default=[100_000, 500_000])
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--sample-rate", type=float, nargs="+", default=[1.0, 0.1])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write every measured figure to this file")
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}, but must be at least 1")
+    try:
+        options.cases = [
+            Case(classes, options.dim, options.batch, sample_rate, options.device)
+            for classes in options.classes
+            for sample_rate in options.sample_rate
+        ]
+    except ValueError as error:
+        parser.error(str(error))
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device is cuda, but torch sees no GPU")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Checks, measures and prints."""
+    options = _parse(arguments)
+    about = machine(options.device)
+    print(about)
+    parity = in_fresh_process(check_parity, options.cases[0], environment={})
+    print(f"ours, plain and dense agree in three losses at sample rate 1 to {parity:.1e}", flush=True)
+    outcomes = []
+    for case in options.cases:
+        outcomes.append(measure(case, options.repeats))
+        print(f"\n{outcomes[-1]}", flush=True)
+    if options.json is not None:
+        record = {"machine": about, "parity": parity, "cases": [asdict(outcome) for outcome in outcomes]}
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

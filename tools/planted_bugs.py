@@ -20,15 +20,23 @@ from partialfc.head.class_centers import ClassCenters
 from partialfc.head.partial_fc import PartialFC
 
 
-def shift_labels() -> None:
-    """Every other row of a batch gets the label of the next class."""
+def _with_labels(change: Callable[[Tensor, int], Tensor]) -> None:
     forward = PartialFC.forward
 
-    def shifted(self: PartialFC, embeddings: Tensor, labels: Tensor) -> Tensor:
-        every_other = torch.arange(len(labels), device=labels.device) % 2
-        return forward(self, embeddings, (labels + every_other) % self.partition.num_classes)
+    def changed(self: PartialFC, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return forward(self, embeddings, change(labels, self.partition.num_classes))
 
-    PartialFC.forward = shifted  # type: ignore[method-assign]
+    PartialFC.forward = changed  # type: ignore[method-assign]
+
+
+def shift_labels() -> None:
+    """Each image gets the label of the image before it."""
+    _with_labels(lambda labels, _: labels.roll(1))
+
+
+def shift_half_of_the_classes() -> None:
+    """Every other image gets the next class. Milder: what is learnt about a class is half right."""
+    _with_labels(lambda labels, count: (labels + torch.arange(len(labels), device=labels.device) % 2) % count)
 
 
 def freeze_centers() -> None:
@@ -54,6 +62,7 @@ def flip_embedding_gradient() -> None:
 
 BUGS: dict[str, Callable[[], None]] = {
     "shifted-labels": shift_labels,
+    "half-shifted-classes": shift_half_of_the_classes,
     "frozen-centers": freeze_centers,
     "flipped-center-gradient": flip_center_gradient,
     "flipped-embedding-gradient": flip_embedding_gradient,

@@ -162,7 +162,7 @@ def test_bad_input_is_one_message(
     assert error.startswith("partialfc: error: ")
     assert message in error
     assert error.count("error:") == 1
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_without_verification_says_what_to_do(

@@ -84,7 +84,12 @@ def test_numbers_have_their_known_answers():
     assert normal(1, 2, 3).item() == pytest.approx(0.09023617947399651, rel=1e-12)
     assert randint(1000, 1, 2, 3).item() == 905
     index = torch.arange(4)
-    assert uniform(7, index).tolist() == [0.8992797341370423, 0.6808342921666942, 0.01784197313582392, 0.817838823141551]
+    assert uniform(7, index).tolist() == [
+        0.8992797341370423,
+        0.6808342921666942,
+        0.01784197313582392,
+        0.817838823141551,
+    ]
     assert normal(7, index).tolist() == pytest.approx(
         [-1.0713577594297, 1.4724990950058012, -1.686526425911117, 0.6878100212063016], rel=1e-12
     )
@@ -94,7 +99,7 @@ def test_numbers_have_their_known_answers():
 def test_uniform_is_uniform():
     numbers = uniform(3, torch.arange(40_000))
     assert numbers.dtype == torch.float64
-    assert 0 <= float(numbers.min())
+    assert float(numbers.min()) >= 0
     assert float(numbers.max()) < 1
     assert abs(chi_square_deviation(numbers.mul(100).long().bincount(minlength=100).double())) < 4
     # Neighbouring keys are independent.

@@ -48,8 +48,8 @@ OPTIMIZER = CenterSGD(learning_rate=0.1, momentum=0.9, weight_decay=5e-4)
 PARITY_TOLERANCE = 1e-5
 WARMUP_STEPS = 2
 
-# Large blocks fresh from the kernel cost page faults at every step, which a GPU's caching allocator does not have: for
-# times, glibc shall keep what it has. For peak memory it must not.
+# Memory fresh from the kernel costs page faults at every step, which a GPU's caching allocator spares. So for times,
+# glibc shall keep what it has; for peak memory it must not.
 WARM_HEAP = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(10**12),
@@ -143,7 +143,7 @@ class DensePartial(PlainSoftmax):
 
     def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """[B, D], [B] -> scalar, over the classes in play."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.case.sample_rate < 1:
             score = torch.rand(self.case.classes, device=labels.device)
             score[labels] = 2.0
@@ -156,10 +156,13 @@ class DensePartial(PlainSoftmax):
 class _SweptCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        probability = (logits - logits.amax(1, keepdim=True)).exp_()
-        probability /= probability.sum(1, keepdim=True)
+        shifted = logits - logits.amax(1, keepdim=True)
+        own = shifted.gather(1, labels[:, None])
+        probability = shifted.exp_()
+        total = probability.sum(1, keepdim=True)
+        probability /= total
         ctx.save_for_backward(probability, labels)
-        return -probability.gather(1, labels[:, None]).clamp_min(1e-30).log().mean()
+        return (total.log() - own).mean()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -375,7 +378,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--sample-rate", type=float, nargs="+", default=[1.0, 0.1])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write every measured figure to this file")
     options = parser.parse_args(arguments)

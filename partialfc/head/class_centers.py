@@ -73,21 +73,19 @@ class ClassCenters(nn.Module):
         return everything if rows is None else everything[rows]
 
     @torch.no_grad()
-    def update(self, rows: Tensor | None, gradient_nD: Tensor, *, learning_rate: float, wanted: Tensor) -> None:
+    def update(self, rows: Tensor | None, gradient_nD: Tensor, *, learning_rate: float) -> None:
         """Moves the centers at `rows` (distinct; None for all) by one step of the optimizer.
 
         Args:
             rows: [n] int64, local.
             gradient_nD: [n, D], of the mean loss.
             learning_rate: of this step.
-            wanted: bool scalar on the device; if False nothing changes, and the host need not know.
         """
         stored = {name: self._rows(name) for name in self._state_names}
         before = {name: value if rows is None else value[rows] for name, value in stored.items()}
         state = {name: value for name, value in before.items() if name != "weight"}
         weight, state = self.optimizer.update(before["weight"], gradient_nD, state, learning_rate=learning_rate)
         for name, after in {"weight": weight, **state}.items():
-            after = torch.where(wanted, after, before[name])
             if rows is None:
                 stored[name].copy_(after)
             else:

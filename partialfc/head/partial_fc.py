@@ -207,13 +207,13 @@ class PartialFC(nn.Module):
         gradient_bD = reduce_scatter_equal(pending.embeddings_gradient_BD, mesh)[: own.stop - own.start]
         if pending.norm_gradient_BD is not None:
             gradient_bD = gradient_bD + pending.norm_gradient_BD[own]
-        finite = pending.loss.isfinite()
-        if pending.centers_gradient_nD is not None:
-            self.class_centers.update(
-                pending.in_play.rows, pending.centers_gradient_nD, learning_rate=self.learning_rate, wanted=finite
-            )
-        before = self._margin_state
-        self._margin_state = {name: torch.where(finite, value, before[name]) for name, value in pending.state.items()}
+        # The loss is the same on all ranks, so they decide alike.
+        if bool(pending.loss.isfinite()):
+            self._margin_state = pending.state
+            if pending.centers_gradient_nD is not None:
+                self.class_centers.update(
+                    pending.in_play.rows, pending.centers_gradient_nD, learning_rate=self.learning_rate
+                )
         self.step += 1
         return gradient_bD
 

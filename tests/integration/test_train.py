@@ -45,7 +45,7 @@ def _config(tmp_path: Path, faces: Path, **sections: dict[str, Any]) -> Path:
         "checkpoint": {"every_steps": 3},
     }
     for name, section in sections.items():
-        values[name] = {**values[name], **section}
+        values[name] = {**values.get(name, {}), **section}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -122,6 +122,29 @@ def test_a_run_leaves_everything_and_resumes_bit_for_bit(
     capsys.readouterr()
     assert main(["evaluate", str(run)]) == 0
     assert f"{summary['trained']['accuracy']:.4f}" in capsys.readouterr().out
+
+
+def test_bf16_adamw_cosine_resumes_bit_for_bit(tmp_path: Path, data: Path) -> None:
+    config = _config(
+        tmp_path,
+        data,
+        backbone={"name": "mobilefacenet", "options": {"width": 8}},
+        head={"margin": {"name": "CosFace", "scale": 16.0}, "optimizer": {"name": "adamw", "learning_rate": 0.01}},
+        optimizer={"name": "adamw", "learning_rate": 0.01, "max_gradient_norm": 0.5},
+        training={"precision": "bf16", "schedule": {"name": "cosine", "minimum": 0.01}, "warmup_epochs": 0.4},
+        evaluation={"every_steps": 2},
+    )
+    run = tmp_path / "run"
+    assert main(["train", str(config)]) == 0
+    lines = read_metrics(run / "metrics.jsonl")
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert rates[:2] == [0.005, 0.01]
+    assert rates[-1] < 0.003
+    assert [line["step"] for line in lines if "verification_accuracy" in line] == [2, 4]
+    straight = _checkpoint_tensors(run, "step-00000006")
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    assert main(["train", str(config)]) == 0
+    _assert_same(_checkpoint_tensors(run, "step-00000006"), straight)
 
 
 def test_two_ranks_train_and_resume_bit_for_bit(tmp_path: Path, data: Path) -> None:

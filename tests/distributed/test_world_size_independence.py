@@ -1,0 +1,120 @@
+"""A run is a function of its configuration, not of the number of ranks: what one process does, 2, 3 and 4 do too."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from head_cases import ProbeMargin
+from support import run_distributed
+from torch import Tensor
+
+from partialfc import CenterAdamW, CenterSGD, PartialFC
+from partialfc.backbones import VisionTransformer
+from partialfc.distributed.collectives import gather_rows
+from partialfc.distributed.mesh import ShardMesh
+from partialfc.engine import DDPEngine
+from partialfc.keyed import normal, randint
+from partialfc.margins import ArcFace
+
+NUM_CLASSES, DIM, IMAGE_SIZE, STEPS = 130, 16, 16, 20
+# The global batch of 8, cut into the batches of the ranks.
+SHARES = {1: (8,), 2: (4, 4), 3: (3, 3, 2), 4: (2, 2, 2, 2)}
+# A margin that uses everything a margin may, with sampling, and the usual one without.
+RUNS: dict[str, dict[str, Any]] = {
+    "sampled": {"margin": ProbeMargin(scale=8.0), "sample_rate": 0.3, "optimizer": CenterSGD(learning_rate=0.05)},
+    "full": {"margin": ArcFace(scale=16.0), "sample_rate": 1.0, "optimizer": CenterAdamW(learning_rate=0.01)},
+}
+
+
+def global_batch(step: int) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(8)
+    pixels = torch.arange(3 * IMAGE_SIZE**2)
+    images = normal(1, step, rows[:, None], pixels[None]).view(8, 3, IMAGE_SIZE, IMAGE_SIZE)
+    return images, randint(NUM_CLASSES, 2, step, rows)
+
+
+def train(name: str) -> dict[str, Tensor]:
+    """Trains on this rank's share of each batch; what comes back should be the same for any number of ranks."""
+    mesh = ShardMesh.from_group()
+    torch.manual_seed(0)
+    # No layer of it looks across the batch.
+    backbone = VisionTransformer(64, 1, embedding_dim=DIM, image_size=IMAGE_SIZE, final_norm="none").double()
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+    engine = DDPEngine(backbone, optimizer, mesh=mesh, max_gradient_norm=1.0)
+    head = PartialFC(NUM_CLASSES, DIM, dtype=torch.float64, init_std=1.0, seed=5, **RUNS[name])
+
+    shares = SHARES[mesh.size]
+    own = slice(sum(shares[: mesh.rank]), sum(shares[: mesh.rank + 1]))
+    losses, norms, first_gradients = [], [], torch.empty(0)
+    for step in range(STEPS):
+        images, labels = global_batch(step)
+        loss = head(engine.forward(images[own]), labels[own])
+        engine.backward(loss)
+        if step == 0:
+            first_gradients = torch.cat([parameter.grad.flatten() for parameter in backbone.parameters()])
+        norm, updated = engine.step(learning_rate=0.01)
+        assert updated
+        losses.append(loss.detach())
+        norms.append(torch.tensor(norm))
+    return {
+        "losses": torch.stack(losses),
+        "gradient norms": torch.stack(norms),
+        "gradients of the first step": first_gradients,
+        "backbone": torch.cat([parameter.detach().flatten() for parameter in backbone.parameters()]),
+        "class centers": head.gather_class_centers(),
+    }
+
+
+def initial_centers_and_samples() -> dict[str, Tensor]:
+    """What must be equal bit for bit."""
+    results = {}
+    for num_classes, sample_rate in itertools.product((3, 130, 1000), (0.05, 0.3)):
+        head = PartialFC(num_classes, 5, margin=ArcFace(), sample_rate=sample_rate, seed=9)
+        results[f"centers of {num_classes}"] = head.gather_class_centers()
+        assert head.sampler is not None
+        for step in (0, 1, 1000):
+            rows = head.sampler.in_play(torch.tensor([0, 2, -1]), head.partition, step).rows
+            assert rows is not None
+            everywhere = gather_rows(rows + head.partition.class_start, head.mesh)
+            results[f"sample of {num_classes} at {sample_rate} in step {step}"] = everywhere.sort().values
+    return results
+
+
+def check_against(rank: int, world_size: int, expected_file: Path) -> None:
+    expected = torch.load(expected_file)
+    for what, value in initial_centers_and_samples().items():
+        assert torch.equal(value, expected["start"][what]), f"{what} differs at world size {world_size}"
+    for name in RUNS:
+        for what, value in train(name).items():
+            difference = float((value - expected[name][what]).abs().max())
+            limit = 1e-9 * max(1.0, float(expected[name][what].abs().max()))
+            assert difference <= limit, f"{name}: {what} differ by {difference:.2e} at world size {world_size}"
+
+
+@pytest.fixture(scope="module")
+def expected_file(tmp_path_factory):
+    """The results of one process without a process group."""
+    results = {"start": initial_centers_and_samples(), **{name: train(name) for name in RUNS}}
+    path = tmp_path_factory.mktemp("one_process") / "expected.pt"
+    torch.save(results, path)
+    return path
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_run_to_compare_with_learns(expected_file, name):
+    results = torch.load(expected_file)[name]
+    assert bool(results["losses"].isfinite().all())
+    assert float(results["losses"].max() - results["losses"].min()) > 1
+    assert float(results["gradient norms"].max()) > 1, "clipping never acts"
+    head = PartialFC(NUM_CLASSES, DIM, dtype=torch.float64, init_std=1.0, seed=5, **RUNS[name])
+    moved = (results["class centers"] != head.gather_class_centers()).any(1)
+    assert int(moved.sum()) > 100
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_other_numbers_of_ranks(expected_file, world_size):
+    run_distributed(check_against, world_size, expected_file)

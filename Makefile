@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 $(QUICKSTART_DATA)/train/manifest.json: | setup
 	$(BIN)/partialfc data synthesize --identities 2000 --images-per-identity 20 --verification-identities 300 \
-	    --image-size 48 --seed 0 --out $(QUICKSTART_DATA)
+	    --image-size 32 --seed 0 --out $(QUICKSTART_DATA)
 
 quickstart: setup $(QUICKSTART_DATA)/train/manifest.json
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/torchrun.sh configs/quickstart.yaml

@@ -199,6 +199,8 @@ class PartialFC(nn.Module):
             through_cosines, through_norms, centers_gradient_nD = torch.autograd.grad(
                 loss, (embeddings_BD, replicated_BD, centers_nD), allow_unused=True
             )
+        # A state made from numbers with a gradient would hold on to the graphs of all steps.
+        state = {name: value.detach() for name, value in state.items()}
         return _PendingStep(batch, in_play, loss.detach(), through_cosines, through_norms, centers_gradient_nD, state)
 
     def _finish_step(self, pending: _PendingStep) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from head_cases import ProbeMargin
 from support import run_distributed
@@ -66,12 +67,9 @@ def check_sizes(rank: int) -> None:
 
 
 def expect_error(head: PartialFC, embeddings: Tensor, labels: Tensor, message: str) -> None:
-    try:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
         head(embeddings, labels)
-    except ValueError as error:
-        assert str(error) == message, str(error)
-    else:
-        raise AssertionError("nothing was raised")
+    assert str(error.value) == message
 
 
 def check_labels(rank: int) -> None:

@@ -54,6 +54,14 @@ def test_table_has_a_line_for_each_contestant(bench):
     assert lines[4].split() == ["floor", "1.0", "0.50", "(0.50-1.00)", "1.00", "(1.00-1.00)"]
 
 
+def test_table_without_a_measurable_peak(bench):
+    case = bench.Case(10, 8, 4, 1.0, "cpu")
+    seconds = {"ours": [0.001], "plain": [0.001], "floor": [0.001]}
+    lines = str(bench.Outcome(case, seconds, {"ours": 0, "plain": 2**20}, load_average=0.0)).splitlines()
+    assert lines[2].split()[-2:] == ["0", "-"]
+    assert lines[3].split()[-2:] == ["1", "-"]
+
+
 def test_classes_in_play(bench):
     assert bench.Case(1000, 8, 4, 0.1, "cpu").classes_in_play == 100
     assert bench.Case(1000, 8, 4, 1.0, "cpu").classes_in_play == 1000

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from partialfc import CenterAdamW, CenterSGD, PartialFC
 from partialfc.head import reference_loss
-from partialfc.margins import ArcFace, CosFace, Softmax
+from partialfc.margins import ArcFace, CosFace, Need, Softmax
 
 DIM = 8
 
@@ -150,6 +150,25 @@ def test_a_loss_that_is_not_finite_moves_nothing(bad, sample_rate):
     head(*batch(4, seed=2)).backward()
     assert all(bool(value.isfinite().all()) for name, value in head.state_dict().items() if "class_centers" in name)
     assert not torch.equal(head.state_dict()["class_centers.weight"], before["class_centers.weight"])
+
+
+def test_the_margin_state_does_not_hold_on_to_the_graph():
+    class NormAverage(CosFace):
+        needs = frozenset({Need.EMBEDDING_NORM})
+
+        def initial_state(self):
+            return {"norm": torch.tensor(0.0, dtype=torch.float64)}
+
+        def prepare(self, row, state):
+            return {}, {"norm": 0.5 * state["norm"] + 0.5 * row.embedding_norm.mean()}
+
+    head = build_head(margin=NormAverage(scale=16.0))
+    embeddings, labels = batch(4)
+    for _ in range(2):
+        head(embeddings, labels).backward()
+    norm = head.get_extra_state()["margin"]["norm"]
+    assert not norm.requires_grad
+    assert float(norm) == pytest.approx(0.75 * float(embeddings.detach().norm(dim=1).mean()))
 
 
 def test_class_centers_train_under_a_frozen_backbone():

@@ -56,15 +56,15 @@ class LargestTensor(TorchDispatchMode):
     ("num_classes", "sample_rate"), [(3, 0.3), (10, 0.5), (37, 0.1), (130, 0.3), (131, 0.9), (1000, 0.1), (1001, 0.02)]
 )
 def test_every_class_is_drawn_with_the_same_probability(num_classes, sample_rate):
-    steps = 1000
+    steps = 500
     sampler = NegativeSampler(num_classes, sample_rate, seed=1)
     partition = ClassPartition(num_classes)
-    drawn = torch.cat([draw(sampler, partition, step) for step in range(steps)])
+    drawn = torch.cat([sampler.in_play(NO_LABELS, partition, step).rows for step in range(steps)])
     counts = drawn.bincount(minlength=num_classes)
     probability = sampler.inclusion_probability
     deviations = (counts - steps * probability) / math.sqrt(steps * probability * (1 - probability))
     assert float(deviations.abs().max()) < 4.5
-    assert float((deviations**2).mean()) < 2
+    assert float((deviations**2).mean()) < 1.6
 
 
 @pytest.mark.parametrize("num_classes", [1000, 1001, 4097, 93_431, 2_059_906, 10_000_000])

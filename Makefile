@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 $(QUICKSTART_DATA)/train/manifest.json: | setup
-	$(BIN)/partialfc data synthesize --identities 2000 --images-per-identity 20 --verification-identities 300 \
+	$(BIN)/partialfc data synthesize --identities 10000 --images-per-identity 10 --verification-identities 300 \
 	    --image-size 32 --seed 0 --out $(QUICKSTART_DATA)
 
 quickstart: setup $(QUICKSTART_DATA)/train/manifest.json

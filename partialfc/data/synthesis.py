@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import simplejpeg
@@ -62,7 +63,7 @@ def synthesize(
     total = (identities + verification_identities) * images_per_identity
     splits = [("train", 0, identities), ("verification", VERIFICATION_START, verification_identities)]
     done = 0
-    with staged_directory(out) as staging:
+    with staged_directory(out) as staging, _one_thread():
         for name, first, count in splits:
             if count == 0:
                 continue
@@ -72,6 +73,17 @@ def synthesize(
                 done += written
                 if on_progress is not None:
                     on_progress(done, total)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The many small operations of a chunk gain nothing from more threads, and lose much where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write_split(directory: Path, faces: SyntheticFaces, first: int, count: int, views: int) -> Iterator[int]:

@@ -24,7 +24,7 @@ from partialfc.margins import ArcFace
 
 NUM_CLASSES, DIM, IMAGE_SIZE, STEPS = 130, 16, 16, 20
 # The global batch of 8, cut into the batches of the ranks.
-SHARES = {1: (8,), 2: (4, 4), 3: (3, 3, 2), 4: (2, 2, 2, 2)}
+SHARES = {1: (8,), 2: (3, 5), 3: (3, 3, 2), 4: (2, 2, 2, 2)}
 # A rank of a group need not be its rank among all.
 GROUPS = ((2,), (1, 3), (0, 2, 3), (0, 1, 2, 3))
 # A margin that uses everything a margin may, with sampling, and the usual one without.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +34,7 @@ from partialfc.head.optimizers import CenterAdamW, CenterOptimizer, CenterSGD
 from partialfc.margins import MARGINS, Margin
 from partialfc.optim import SCHEDULES, Cosine, MultiStep, Polynomial
 
-__all__ = ["Config", "dump_config", "json_schema", "load_config"]
+__all__ = ["Config", "dump_config", "json_schema", "load_config", "write_config"]
 
 CENTER_OPTIMIZERS: dict[str, type] = {"sgd": CenterSGD, "adamw": CenterAdamW}
 
@@ -63,7 +65,12 @@ def _from_table(table: Mapping[str, type[Entry]], kind: str, default: str | None
                 raise ValueError(
                     f"{name} has no setting {key!r}{_suggestion(str(key), allowed)}; it has {', '.join(allowed)}"
                 )
-        return TypeAdapter(table[name]).validate_python({key: value[key] for key in value if key != "name"})
+        entry = TypeAdapter(table[name]).validate_python({key: value[key] for key in value if key != "name"})
+        for key in allowed:
+            number = getattr(entry, key)
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name}.{key} is {number}, but must be finite")
+        return entry
 
     return build
 
@@ -101,15 +108,24 @@ def _known_backbone(name: str) -> str:
 _CHOICES = {("head", "margin"): None, ("head", "optimizer"): "sgd", ("training", "schedule"): "polynomial"}
 
 
+def _not_sizes(options: dict[str, Any]) -> dict[str, Any]:
+    for name, place in (("embedding_dim", "backbone.embedding_dim"), ("image_size", "data.image_size")):
+        if name in options:
+            raise ValueError(f"{name} is not an option of a backbone; set {place}")
+    return options
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, arbitrary_types_allowed=True, allow_inf_nan=False
+    )
 
 
 class RunConfig(_Section):
     """Where the run lives, and what it starts from."""
 
     directory: Path = Field(description="everything the run writes; given again, the run goes on where it stopped")
-    seed: int = Field(default=0, description="of everything random; the same on all ranks")
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="of everything random; the same on all ranks")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where there is one")
     log_every_steps: int = Field(default=10, ge=1)
 
@@ -118,7 +134,7 @@ class DataConfig(_Section):
     """A data set as `partialfc data` writes it. The number of classes and of images comes from its index."""
 
     directory: Path = Field(description="a folder with train/ and, for evaluation, verification/")
-    image_size: int = Field(default=112, ge=16, description="in pixels; images of another size are resized")
+    image_size: int = Field(default=112, ge=16, le=4096, description="in pixels; images of another size are resized")
     horizontal_flip: bool = Field(default=True, description="mirror half of the training images")
     num_workers: int = Field(default=2, ge=0, description="loader processes of each rank; 0 loads in the rank itself")
 
@@ -127,8 +143,10 @@ class BackboneConfig(_Section):
     """The embedding network."""
 
     name: Annotated[str, AfterValidator(_known_backbone)] = "iresnet50"
-    embedding_dim: int = Field(default=512, ge=1)
-    options: dict[str, Any] = Field(default_factory=dict, description="settings of that network, such as dropout")
+    embedding_dim: int = Field(default=512, ge=1, le=65536)
+    options: Annotated[dict[str, Any], AfterValidator(_not_sizes)] = Field(
+        default_factory=dict, description="settings of that network, such as dropout"
+    )
 
 
 class HeadConfig(_Section):
@@ -138,7 +156,7 @@ class HeadConfig(_Section):
     sample_rate: float = Field(default=1.0, gt=0, le=1, description="share of the classes in play at each step")
     optimizer: CenterOptimizerChoice = Field(default_factory=CenterSGD)
     init_std: float = Field(default=0.01, gt=0, description="standard deviation of initial class-center elements")
-    num_classes: int | None = Field(default=None, ge=1, description="null: as many as the data has")
+    num_classes: int | None = Field(default=None, ge=1, le=10**10, description="null: as many as the data has")
 
 
 class OptimizerConfig(_Section):
@@ -156,9 +174,9 @@ class OptimizerConfig(_Section):
 class TrainingConfig(_Section):
     """How long, in what portions, and at what rate."""
 
-    epochs: float = Field(gt=0, description="passes over the data; may be a fraction")
-    warmup_epochs: float = Field(default=0.0, ge=0, description="linear rise of the learning rate at the start")
-    global_batch_size: int = Field(ge=1, description="images of a step over all ranks")
+    epochs: float = Field(gt=0, le=1e6, description="passes over the data; may be a fraction")
+    warmup_epochs: float = Field(default=0.0, ge=0, le=1e6, description="linear rise of the learning rate at the start")
+    global_batch_size: int = Field(ge=1, le=10**7, description="images of a step over all ranks")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the backbone; the head is fp32")
     schedule: ScheduleChoice = Field(default_factory=Polynomial, description="of backbone and class centers alike")
 
@@ -201,7 +219,17 @@ class Config(_Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text; everybody means the number."""
+    """YAML 1.1 reads 1e-3 as text, where everybody means the number, and lets a later key hide an earlier one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} comes twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -242,6 +270,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def dump_config(config: Config) -> str:
     """The configuration as YAML with every value spelt out; `load_config` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def write_config(config: Config, *, first_rank: bool) -> None:
+    """Makes `run.directory` and, on the first rank, writes the resolved configuration into it as config.yaml.
+
+    Raises:
+        OSError: if the directory cannot be written.
+    """
+    directory = config.run.directory
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if first_rank:
+            (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"run.directory {directory} cannot be written: {error}") from error
+    if not os.access(directory, os.W_OK):
+        raise PermissionError(f"run.directory {directory} cannot be written by this user")
 
 
 def json_schema() -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from partialfc.backbones import build_backbone
 from partialfc.checkpoint import CheckpointStore
 from partialfc.config import Config, load_config
-from partialfc.data import SequentialLoader, ShardIndex, normalize_images
+from partialfc.data import Batch, SequentialLoader, ShardIndex, normalize_images
 from partialfc.distributed.launch import process_group
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.evaluation import (
@@ -32,6 +34,8 @@ __all__ = [
     "result_table",
     "verify_backbone",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def verify_backbone(
     )
     embeddings, labels = extract_embeddings(
         backbone,
-        loader,
+        _with_warnings(loader),
         device=device,
         mesh=mesh,
         normalize_images=normalize_images,
@@ -104,6 +108,13 @@ def verify_backbone(
     far = config.evaluation.far
     result = verify(embeddings, labels, num_pairs=config.evaluation.num_pairs, seed=config.run.seed, fars=[far])
     return Verification(result, far, nearest_neighbor_accuracy(embeddings, labels))
+
+
+def _with_warnings(batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        for failure in batch.failures:
+            logger.warning("verification: sample left out: %s", failure)
+        yield batch
 
 
 def load_backbone(run_directory: str | Path) -> tuple[nn.Module, Config]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 
 from partialfc.backbones import build_backbone
 from partialfc.checkpoint import CheckpointStore
-from partialfc.config import Config, dump_config
+from partialfc.config import Config, write_config
 from partialfc.data import Batch, SamplePlan, ShardIndex, TorchLoader, normalize_images
 from partialfc.distributed.launch import process_group
 from partialfc.distributed.mesh import ShardMesh
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _DROPOUT_STREAM = 4  # keeps these hashes apart from those of other parts that use the same seed
 _MOST_SKIPPED_STEPS = 20
+_MOST_FAILED_SAMPLES, _MOST_FAILED_SHARE = 20, 0.05  # of a rank; more than both, and the run stops
 
 
 class DivergedError(RuntimeError):
@@ -96,6 +97,8 @@ def train(config: Config) -> Trained:
             _verify(run, nn.Flatten(), "pixels", verifications)
             _verify(run, run.engine.evaluation_backbone(), "untrained", verifications)
         _resume(run)
+        # Not before, so that a run which cannot begin or go on leaves everything as it was.
+        write_config(config, first_rank=run.is_first_rank)
         with MetricsLog(run.directory, resume_step=run.step + 1, enabled=run.is_first_rank) as metrics:
             throughput = _train_steps(run, metrics)
         _verify(run, run.engine.evaluation_backbone(), "trained", verifications)
@@ -107,6 +110,11 @@ def _assemble(config: Config, mesh: ShardMesh, device: torch.device) -> _Run:
     index = ShardIndex.open(config.data.directory / "train")
     verification_index = open_verification(config) if config.evaluation.enabled else None
     num_classes = _num_classes(config, index)
+    if config.training.global_batch_size < 2 * mesh.size:
+        raise ValueError(
+            f"training.global_batch_size is {config.training.global_batch_size}, but must be at least 2 for each of "
+            f"the {mesh.size} ranks: batch norm needs two images"
+        )
 
     torch.manual_seed(config.run.seed)
     backbone = build_backbone(
@@ -129,8 +137,6 @@ def _assemble(config: Config, mesh: ShardMesh, device: torch.device) -> _Run:
     total_steps = math.ceil(config.training.epochs * index.num_samples / config.training.global_batch_size)
     store = CheckpointStore(config.run.directory / "checkpoints", mesh=mesh, keep_last=config.checkpoint.keep_last)
     engine = _build_engine(config, backbone, mesh)
-    # Last, so that a run which cannot begin leaves nothing behind.
-    _write_config(config, mesh)
     return _Run(config, mesh, device, index, verification_index, engine, head, store, total_steps)
 
 
@@ -143,18 +149,6 @@ def _num_classes(config: Config, index: ShardIndex) -> int:
             f"{index.num_classes - 1}; set it to at least {index.num_classes}, or to null to take it from the data"
         )
     return config.head.num_classes
-
-
-def _write_config(config: Config, mesh: ShardMesh) -> None:
-    directory = config.run.directory
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if mesh.rank == 0:
-            (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-    except OSError as error:
-        raise OSError(f"run.directory {directory} cannot be written: {error}") from error
-    if not os.access(directory, os.W_OK):
-        raise PermissionError(f"run.directory {directory} cannot be written by this user")
 
 
 def _build_engine(config: Config, backbone: nn.Module, mesh: ShardMesh) -> BackboneEngine:
@@ -203,9 +197,15 @@ def _resume(run: _Run) -> None:
                 f"{path} was saved with {name} {metadata[name]!r}, but this run has {value!r}; "
                 "give the run the old value, or another run.directory"
             )
+    step = int(state["progress"]["step"])
+    if step > run.total_steps:
+        raise ValueError(
+            f"{path} is at step {step}, but training.epochs={run.config.training.epochs:g} ends at step "
+            f"{run.total_steps}; train for longer, or choose another run.directory"
+        )
     run.engine.load_state_dict(state)
     run.head.load_state_dict(state["head"])
-    run.step = int(state["progress"]["step"])
+    run.step = step
     if run.is_first_rank:
         logger.info("going on from %s, step %d of %d", path, run.step, run.total_steps)
 
@@ -232,6 +232,7 @@ def _train_steps(run: _Run, metrics: MetricsLog) -> Throughput:
             record.step(loss, gradient_norm, updated, batch.failures, throughput)
             progress.update(batch_size, loss=loss, lr=record.learning_rate)
             _when_due(run, metrics)
+    record.finish()
     return throughput
 
 
@@ -251,17 +252,21 @@ class _Record:
 
         Raises:
             DivergedError: if too many steps in a row were not finite.
+            ValueError: if too many samples could not be read.
         """
         run = self._run
         for failure in failures:
             logger.warning("step %d: sample masked: %s", run.step, failure)
         self._failed_samples += len(failures)
+        seen = throughput.images // run.mesh.size
+        if self._failed_samples > max(_MOST_FAILED_SAMPLES, _MOST_FAILED_SHARE * seen):
+            raise ValueError(
+                f"{self._failed_samples} of about {seen} samples could not be read on rank {run.mesh.rank} up to step "
+                f"{run.step}, the last: {failures[-1] if failures else 'see the warnings'}; repair the data"
+            )
         self._skipped = 0 if updated and math.isfinite(loss) else self._skipped + 1
         if self._skipped == _MOST_SKIPPED_STEPS:
-            raise DivergedError(
-                f"loss or gradient was not finite for {self._skipped} steps up to step {run.step} (loss {loss}); "
-                "lower the learning rates, lengthen training.warmup_epochs, or lower the margin's scale"
-            )
+            self.finish()
         self._losses.append(loss)
         self.learning_rate = _learning_rate(run, run.config.optimizer.learning_rate, run.step - 1)
         if run.step % run.config.run.log_every_steps and run.step != run.total_steps:
@@ -278,6 +283,18 @@ class _Record:
             },
         )
         self._losses.clear()
+
+    def finish(self) -> None:
+        """At the end, or when it is no use going on.
+
+        Raises:
+            DivergedError: if the last steps were not finite.
+        """
+        if self._skipped:
+            raise DivergedError(
+                f"loss or gradient was not finite for {self._skipped} steps up to step {self._run.step}; "
+                "lower the learning rates, lengthen training.warmup_epochs, or lower the margin's scale"
+            )
 
 
 def _loader(run: _Run) -> TorchLoader:
@@ -357,10 +374,10 @@ def _verify(run: _Run, backbone: nn.Module, name: str, verifications: dict[str, 
 def _summarize(run: _Run, throughput: Throughput, verifications: dict[str, Verification]) -> dict[str, Any]:
     """Writes summary.json and the plots on the first rank. A finished run that is started again keeps its speed."""
     path = run.directory / "summary.json"
+    images_per_second = throughput.images_per_second
     if throughput.images == 0 and path.is_file():
-        images_per_second = json.loads(path.read_text(encoding="utf-8"))["images_per_second"]
-    else:
-        images_per_second = throughput.images_per_second
+        with suppress(ValueError, KeyError):
+            images_per_second = json.loads(path.read_text(encoding="utf-8"))["images_per_second"]
     summary = {
         **{name: verification.to_dict() for name, verification in verifications.items()},
         "images_per_second": images_per_second,

@@ -68,7 +68,10 @@ def build_backbone(name: str, *, embedding_dim: int, image_size: int, **options:
                 f'unknown option "{option}" of backbone "{name}"{_suggestion(option, allowed)};'
                 f" allowed are {', '.join(allowed)}"
             )
-    return BACKBONES[name](embedding_dim=embedding_dim, image_size=image_size, **options)
+    try:
+        return BACKBONES[name](embedding_dim=embedding_dim, image_size=image_size, **options)
+    except TypeError as error:
+        raise ValueError(f'backbone "{name}" cannot be built with the options {options}: {error}') from error
 
 
 def _option_names(builder: Callable[..., nn.Module]) -> set[str]:

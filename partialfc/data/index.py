@@ -164,6 +164,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         kind = (manifest["format"], manifest["version"])
+        _ = manifest["num_samples"], manifest["num_classes"], manifest["fingerprint"]
+        _ = [(shard["name"], shard["bytes"], shard["num_samples"]) for shard in manifest["shards"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory / MANIFEST}: not a manifest of a split: {error!r}") from error
     if kind != (FORMAT, VERSION):

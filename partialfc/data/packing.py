@@ -113,6 +113,11 @@ def pack(
                 f"{source}: no usable image for training in {len(names)} identity folders, {len(packing.skipped)} "
                 f"files skipped{_first(packing.skipped)}; expected {source}/<identity>/<image>"
             )
+        if verification_share > 0.0 and kept[0] == 0:
+            raise ValueError(
+                f"{source}: verification_share is {verification_share}, but no identity with an image could be set "
+                f"aside of {len(names)}; at least two are needed"
+            )
         return PackReport(*train, *kept, tuple(packing.skipped), tuple(packing.empty_identities))
 
 
@@ -158,6 +163,9 @@ class _Packing:
             if path.suffix.lower() not in _EXTENSIONS:
                 self.skipped.append(SkippedFile(path, f"not a jpeg, png, bmp or webp file: {path.suffix!r}"))
                 continue
+            if not path.is_file():
+                self.skipped.append(SkippedFile(path, "not a regular file"))
+                continue
             key = _key(path.relative_to(self.source))
             if key in paths:
                 raise ValueError(f"{path} and {paths[key]} both have the key {key!r}; rename or remove one of them")
@@ -177,8 +185,8 @@ def _check_arguments(source: Path, verification_share: float, image_size: int | 
         raise NotADirectoryError(f"{source}: not a folder; expected a folder with one folder for each identity")
     if not 0.0 <= verification_share < 1.0:
         raise ValueError(f"pack: verification_share is {verification_share}, but must be in [0, 1)")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"pack: image_size is {image_size}, but must be at least 1")
+    if image_size is not None and not 1 <= image_size <= 4096:
+        raise ValueError(f"pack: image_size is {image_size}, but must be in [1, 4096]")
     if samples_per_shard < 1:
         raise ValueError(f"pack: samples_per_shard is {samples_per_shard}, but must be at least 1")
 
@@ -195,10 +203,15 @@ def _list_identities(source: Path) -> tuple[list[str], list[SkippedFile]]:
 
 def _walk(directory: Path) -> Iterator[Path]:
     """All files under a folder, in an order that does not depend on the file system."""
-    for folder, subfolders, files in os.walk(directory):
+    for folder, subfolders, files in os.walk(directory, onerror=_raise):
         subfolders.sort()
         for name in sorted(files):
             yield Path(folder, name)
+
+
+def _raise(error: OSError) -> None:
+    """A folder that cannot be listed is not an empty one."""
+    raise error
 
 
 def _key(path: Path) -> str:

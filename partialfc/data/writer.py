@@ -38,6 +38,8 @@ def staged_directory(target: str | Path) -> Iterator[Path]:
         FileExistsError: if `target` exists and is not an empty folder.
     """
     target = Path(target)
+    if target.is_symlink():
+        raise FileExistsError(f"{target}: is a symbolic link; name the folder itself")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target}: already there and not an empty folder; remove it or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,8 @@ _TIMEOUT = timedelta(minutes=10)
 
 def rank_from_environment() -> int:
     """This process's rank among those that the launcher started; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdigit() else 0
 
 
 @contextmanager

@@ -99,7 +99,11 @@ class DDPEngine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `BackboneEngine.load_state_dict`."""
+        """See `BackboneEngine.load_state_dict`. Weight decay, momentum and the like stay those of this run."""
         options = StateDictOptions(flatten_optimizer_state_dict=True)
+        groups = self._optimizer.param_groups
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         set_model_state_dict(self._backbone, state["backbone"])
         set_optimizer_state_dict(self._backbone, self._optimizer, state["optimizer"], options=options)
+        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(own)

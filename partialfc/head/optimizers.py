@@ -53,7 +53,9 @@ class CenterSGD:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        _check_not_negative(self, "learning_rate", "momentum", "weight_decay")
+        _check_not_negative(self, "learning_rate", "weight_decay")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"CenterSGD.momentum is {self.momentum!r}, but must be in [0, 1)")
 
     def initial_state(self, class_centers: Tensor) -> dict[str, Tensor]:
         """`momentum`, of the shape of the class centers."""

@@ -87,6 +87,8 @@ class PartialFC(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(margin, Margin):
+            raise ValueError(f"margin is {margin!r}, but must be a margin of partialfc.margins, such as ArcFace()")
         _check_arguments(embedding_dim, sample_rate, dtype, init_std)
         optimizer = CenterSGD() if optimizer is None else optimizer
         self.margin, self.seed = margin, seed

@@ -175,6 +175,11 @@ def test_two_ranks_train_and_resume_bit_for_bit(tmp_path: Path, data: Path) -> N
         ({"run": {"directory": "/dev/null/run"}}, "/dev/null/run cannot be written"),
         ({"backbone": {"options": {"widht": 8}}}, "widht"),
         ({"evaluation": {"num_pairs": 6000}}, "6000"),
+        ({"backbone": {"options": {"width": "wide"}}}, "cannot be built with the options {'width': 'wide'}"),
+        ({"backbone": {"options": {"embedding_dim": 4}}}, "set backbone.embedding_dim"),
+        ({"head": {"margin": {"name": "CosFace", "scale": float("inf")}}}, "CosFace.scale is inf"),
+        ({"training": {"epochs": float("inf")}}, "training.epochs"),
+        ({"training": {"global_batch_size": 1}}, "at least 2 for each of the 1 ranks"),
     ],
 )
 def test_bad_input_is_one_message(
@@ -205,6 +210,49 @@ def test_a_changed_seed_does_not_resume(tmp_path: Path, data: Path, capsys: pyte
     assert main(["train", str(config)]) == 0
     assert main(["train", str(config), "run.seed=5"]) == 2
     assert "was saved with seed 0, but this run has 5" in capsys.readouterr().err
+
+
+def test_a_refused_resume_leaves_the_configuration(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = _config(tmp_path, data), tmp_path / "run"
+    assert main(["train", str(config)]) == 0
+    before = (run / "config.yaml").read_text()
+    assert main(["train", str(config), "backbone.options.width=16"]) == 2
+    assert main(["train", str(config), "training.epochs=0.1"]) == 2
+    assert "is at step 6, but training.epochs=0.1 ends at step 1" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == before
+    assert main(["evaluate", str(run)]) == 0
+
+
+def test_a_resumed_run_has_its_own_optimizer_settings(tmp_path: Path, data: Path) -> None:
+    config, run = _config(tmp_path, data, evaluation={"at_start": False}), tmp_path / "run"
+    assert main(["train", str(config)]) == 0
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    longer = ["train", str(config), "training.epochs=2"]
+    assert main(longer) == 0
+    assert main([*longer, f"run.directory={other}", "optimizer.weight_decay=0", "optimizer.momentum=0.5"]) == 0
+    assert _losses(run)[:STEPS] == _losses(other)[:STEPS]
+    assert _losses(run)[-1] != _losses(other)[-1]
+
+
+def test_a_run_that_ends_without_a_number_fails(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = _config(tmp_path, data, optimizer={"learning_rate": 1e30, "max_gradient_norm": None})
+    assert main(["train", str(config)]) == 2
+    assert "loss or gradient was not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_data_that_cannot_be_read_stops_the_run(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(data, broken)
+    shard = broken / "train" / "shard-000000.tar"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert main(["train", str(_config(tmp_path, broken))]) == 2
+    error = capsys.readouterr().err
+    assert "samples could not be read on rank 0" in error
+    assert "crc32" in error
 
 
 def test_single_mesh_needs_no_group() -> None:

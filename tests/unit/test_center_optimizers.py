@@ -147,7 +147,7 @@ def test_optimizers_leave_their_arguments_alone():
     ("build", "message"),
     [
         (lambda: CenterSGD(learning_rate=-0.1), "CenterSGD.learning_rate is -0.1, but must not be negative"),
-        (lambda: CenterSGD(momentum=-1.0), "CenterSGD.momentum is -1.0, but must not be negative"),
+        (lambda: CenterSGD(momentum=-1.0), "CenterSGD.momentum is -1.0, but must be in \\[0, 1\\)"),
         (lambda: CenterSGD(weight_decay=-1e-4), "CenterSGD.weight_decay is -0.0001, but must not be negative"),
         (lambda: CenterAdamW(epsilon=-1.0), "CenterAdamW.epsilon is -1.0, but must not be negative"),
         (lambda: CenterAdamW(beta1=1.0), r"CenterAdamW.beta1 is 1.0, but must be in \[0, 1\)"),

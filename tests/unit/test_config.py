@@ -294,3 +294,10 @@ def test_the_schema_is_json_and_lists_every_choice():
     }
     assert margins["ArcFace"]["properties"]["tail"]["enum"] == ["linear", "none", "easy"]
     assert margins["ArcFace"]["required"] == ["name"]
+
+
+def test_a_key_that_comes_twice_is_an_error(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("run: {directory: a}\nrun: {directory: b}\n")
+    with pytest.raises(ValueError, match="the key 'run' comes twice"):
+        load_config(path)

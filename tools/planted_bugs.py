@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from partialfc.cli import main
+from partialfc.head import step
 from partialfc.head.class_centers import ClassCenters
 from partialfc.head.partial_fc import PartialFC
 
@@ -48,16 +49,16 @@ def flip_center_gradient() -> None:
     """Class centers climb the loss."""
     update: Callable[..., None] = ClassCenters.update
 
-    def flipped(self: ClassCenters, rows: Tensor | None, gradient_nD: Tensor, **rest: Any) -> None:
-        update(self, rows, -gradient_nD, **rest)
+    def flipped(self: ClassCenters, rows: Tensor | None, gradient_nKD: Tensor, **rest: Any) -> None:
+        update(self, rows, -gradient_nKD, **rest)
 
     ClassCenters.update = flipped  # type: ignore[method-assign]
 
 
 def flip_embedding_gradient() -> None:
     """Embeddings climb the loss."""
-    finish = PartialFC._finish_step
-    PartialFC._finish_step = lambda self, pending: -finish(self, pending)  # type: ignore[method-assign]
+    finish = step._finish
+    step._finish = lambda head, pending: -finish(head, pending)
 
 
 BUGS: dict[str, Callable[[], None]] = {

@@ -1,4 +1,8 @@
-"""The global batch on every rank, whatever the sizes of the local ones."""
+"""The global batch on every rank, whatever the sizes of the local ones.
+
+A row may have several labels, up to P. Then each pair of a row and one of its labels is a case of its own for the
+loss: V = B P cases, those of a row next to each other. With P = 1 cases are rows.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,28 @@ class GlobalBatch:
 
     Attributes:
         embeddings_BD: [B, D]; ones in rows that are not valid, so that no function of them is singular.
-        labels_B: [B] int64, -1 in empty slots.
-        valid_B: [B] bool: neither empty nor masked.
-        number_B: [B] int64: how many filled slots come before; the row's number whatever the ranks' sizes.
-        own: the slots filled by this rank.
+        labels_V: [V] int64, -1 in empty slots, and for the second and further times that a row has the same label.
+        labels_per_row: P.
+        valid_V: [V] bool: neither empty nor masked.
+        number_V: [V] int64, the case's number whatever the ranks' sizes: filled slots that come before, times P.
+        own: the slots filled by this rank, of B.
     """
 
     embeddings_BD: Tensor
-    labels_B: Tensor
-    valid_B: Tensor
-    number_B: Tensor
+    labels_V: Tensor
+    labels_per_row: int
+    valid_V: Tensor
+    number_V: Tensor
     own: slice
+
+    @property
+    def num_valid_rows(self) -> Tensor:
+        """How many rows have a label, a scalar."""
+        return self.valid_V.unflatten(0, (-1, self.labels_per_row)).any(1).sum()
+
+    def to_cases(self, rows: Tensor) -> Tensor:
+        """[B, ...] -> [V, ...]."""
+        return rows if self.labels_per_row == 1 else rows.repeat_interleave(self.labels_per_row, 0)
 
 
 class BatchGather:
@@ -43,47 +58,60 @@ class BatchGather:
         self.mesh = mesh
         self.capacity = 0
 
-    def __call__(self, embeddings_bD: Tensor, labels_b: Tensor, *, num_classes: int) -> GlobalBatch:
-        """Gathers embeddings [b, D] and labels [b] of all ranks, which may differ in b.
+    def __call__(self, embeddings_bD: Tensor, labels_bP: Tensor, *, num_classes: int) -> GlobalBatch:
+        """Gathers embeddings [b, D] and labels [b, P] of all ranks, which may differ in b.
 
         Raises:
             ValueError: on every rank alike, if a label of any rank is neither in [0, num_classes) nor -1.
         """
-        sizes, labels = self._gather_labels(labels_b)
-        _check_labels(labels, sizes, num_classes)
-        filled = torch.arange(self.capacity, device=labels.device) < sizes[:, None]
-        labels_B, filled_B = labels.flatten(), filled.flatten()
-        valid_B = labels_B >= 0
+        sizes_W, labels_WSP = self._gather_labels(labels_bP)
+        _check_labels(labels_WSP, sizes_W, num_classes)
+        labels_BP = _without_repetitions(labels_WSP.flatten(0, 1))
+        filled_B = (torch.arange(self.capacity, device=labels_BP.device) < sizes_W[:, None]).flatten()
+        valid_BP, num_labels = labels_BP >= 0, labels_BP.shape[1]
+        number_BP = (filled_B.cumsum(0) - 1)[:, None] * num_labels + torch.arange(num_labels, device=labels_BP.device)
 
         padded = embeddings_bD.new_ones((self.capacity, embeddings_bD.shape[1]))
         padded[: len(embeddings_bD)] = embeddings_bD
-        embeddings_BD = torch.where(valid_B[:, None], all_gather_equal(padded, self.mesh), 1.0)
+        embeddings_BD = torch.where(valid_BP.any(1)[:, None], all_gather_equal(padded, self.mesh), 1.0)
         start = self.mesh.rank * self.capacity
+        own = slice(start, start + len(embeddings_bD))
         return GlobalBatch(
-            embeddings_BD, labels_B, valid_B, filled_B.cumsum(0) - 1, slice(start, start + len(embeddings_bD))
+            embeddings_BD, labels_BP.flatten(), num_labels, valid_BP.flatten(), number_BP.flatten(), own
         )
 
-    def _gather_labels(self, labels_b: Tensor) -> tuple[Tensor, Tensor]:
-        """(sizes [W], labels [W, capacity])."""
+    def _gather_labels(self, labels_bP: Tensor) -> tuple[Tensor, Tensor]:
+        """(sizes [W], labels [W, capacity, P])."""
+        num_labels = labels_bP.shape[1]
         while True:
-            message = labels_b.new_full((1, 1 + self.capacity), -1)
-            message[0, 0] = len(labels_b)
-            count = min(len(labels_b), self.capacity)
-            message[0, 1 : 1 + count] = labels_b[:count]
+            message = labels_bP.new_full((1, 1 + self.capacity * num_labels), -1)
+            message[0, 0] = len(labels_bP)
+            sent = labels_bP[: self.capacity].flatten()
+            message[0, 1 : 1 + len(sent)] = sent
             messages = all_gather_equal(message, self.mesh)
             largest = int(messages[:, 0].max())
             if largest <= self.capacity:
-                return messages[:, 0], messages[:, 1:]
+                return messages[:, 0], messages[:, 1:].unflatten(1, (self.capacity, num_labels))
             self.capacity = largest
 
 
-def _check_labels(labels: Tensor, sizes: Tensor, num_classes: int) -> None:
-    bad = (labels < -1) | (labels >= num_classes)
+def _without_repetitions(labels_BP: Tensor) -> Tensor:
+    """Keeps the first of equal labels of a row, and puts -1 for the others."""
+    for column in range(1, labels_BP.shape[1]):
+        repeated_B = (labels_BP[:, :column] == labels_BP[:, column : column + 1]).any(1)
+        labels_BP = labels_BP.clone()
+        labels_BP[:, column] = torch.where(repeated_B, -1, labels_BP[:, column])
+    return labels_BP
+
+
+def _check_labels(labels_WSP: Tensor, sizes_W: Tensor, num_classes: int) -> None:
+    bad = (labels_WSP < -1) | (labels_WSP >= num_classes)
     if not bool(bad.any()):
         return
-    rank, position = (int(number) for number in bad.nonzero()[0])
+    rank, row, column = (int(number) for number in bad.nonzero()[0])
+    position = f"{row}, {column}" if labels_WSP.shape[2] > 1 else f"{row}"
     raise ValueError(
-        f"labels[{position}] on rank {rank} is {int(labels[rank, position])}, but must be in [0, {num_classes}), or -1 "
-        f"to mask the row; {int(bad.sum())} of {int(sizes.sum())} labels of this batch are out of range. "
-        "Check num_classes against the data."
+        f"labels[{position}] on rank {rank} is {int(labels_WSP[rank, row, column])}, but must be in "
+        f"[0, {num_classes}), or -1 to mask the row; {int(bad.sum())} of {int(sizes_W.sum()) * labels_WSP.shape[2]} "
+        "labels of this batch are out of range. Check num_classes against the data."
     )

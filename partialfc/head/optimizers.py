@@ -7,7 +7,7 @@ An optimizer sees only the rows of one step. A row that is not in play keeps its
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -33,7 +33,11 @@ class CenterOptimizer(Protocol):
     def update(
         self, centers_nD: Tensor, gradient_nD: Tensor, state: Mapping[str, Tensor], *, learning_rate: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The rows in play and their state after a step; the arguments are left as they are."""
+        """The rows in play, [n, ..., D], and their state after a step; the arguments are left as they are."""
+        ...
+
+    def without_decay(self) -> CenterOptimizer:
+        """The same without weight decay: for biases and other numbers that 0 means nothing to."""
         ...
 
 
@@ -71,6 +75,10 @@ class CenterSGD:
         direction.add_(state["momentum"], alpha=self.momentum)
         return torch.sub(centers_nD, direction, alpha=learning_rate), {"momentum": direction}
 
+    def without_decay(self) -> CenterSGD:
+        """See `CenterOptimizer.without_decay`."""
+        return replace(self, weight_decay=0.0)
+
 
 @dataclass(frozen=True)
 class CenterAdamW:
@@ -107,7 +115,11 @@ class CenterAdamW:
         updates = state["updates"] + 1
         mean = torch.lerp(state["mean"], gradient_nD, 1 - self.beta1)
         variance = torch.lerp(state["variance"], gradient_nD * gradient_nD, 1 - self.beta2)
-        count = updates.to(centers_nD.dtype)[:, None]
+        count = updates.to(centers_nD.dtype)[..., None]
         step = mean / (1 - self.beta1**count) / ((variance / (1 - self.beta2**count)).sqrt() + self.epsilon)
         centers = centers_nD * (1 - learning_rate * self.weight_decay) - learning_rate * step
         return centers, {"mean": mean, "variance": variance, "updates": updates}
+
+    def without_decay(self) -> CenterAdamW:
+        """See `CenterOptimizer.without_decay`."""
+        return replace(self, weight_decay=0.0)

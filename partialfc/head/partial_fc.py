@@ -1,44 +1,32 @@
 """The head: class centers sharded over ranks, negatives sampled, any margin, exact softmax, sparse update.
 
-Shapes: B rows of the global batch, b of this rank's, n class centers in play on this rank, D embedding dimension.
+Shapes: B rows of the global batch, b of this rank's, P labels of a row, V = B P cases, n classes in play on this rank,
+K sub-centers, D embedding dimension.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from partialfc.distributed.collectives import reduce_scatter_equal
 from partialfc.distributed.mesh import ProcessGroup, ShardMesh
 from partialfc.distributed.partition import ClassPartition
+from partialfc.head.auxiliary import build_auxiliary
 from partialfc.head.class_centers import ClassCenters
-from partialfc.head.global_batch import BatchGather, GlobalBatch
+from partialfc.head.global_batch import BatchGather
+from partialfc.head.learned import LearnedNumbers
 from partialfc.head.optimizers import CenterOptimizer, CenterSGD
 from partialfc.head.sampling import ClassesInPlay, NegativeSampler, all_in_play
-from partialfc.head.sharded_loss import cosines, negative_logsumexp, rows_loss, target_cosine
-from partialfc.keyed import normal
-from partialfc.margins.base import Margin, Need, Row, State
+from partialfc.head.step import Leaves, TrainingStep, head_loss
+from partialfc.head.variational import PrototypeMemory, VariationalPrototypes
+from partialfc.margins.auxiliary import Auxiliary
+from partialfc.margins.base import Margin, State
 
 __all__ = ["PartialFC"]
-
-_NOISE_STREAM = 3  # keeps these hashes apart from those of other parts that use the same seed
-
-
-@dataclass
-class _PendingStep:
-    """What forward has worked out and backward carries through."""
-
-    batch: GlobalBatch
-    in_play: ClassesInPlay
-    loss: Tensor
-    embeddings_gradient_BD: Tensor
-    norm_gradient_BD: Tensor | None
-    centers_gradient_nD: Tensor | None
-    state: State
 
 
 class PartialFC(nn.Module):
@@ -47,7 +35,7 @@ class PartialFC(nn.Module):
     Calling it is collective: every rank of `process_group` must call it in the same step, each with its own batch, of
     any size. `loss.backward()` leaves d(mean loss over the global batch) / d(embeddings of this rank), times the
     incoming gradient, in the embeddings' gradient, and moves the class centers in play by one step of `optimizer`
-    along the gradient of the loss itself. If the loss is not finite, no center moves, on any rank.
+    along the gradient of the loss itself. If the loss is not finite, nothing moves, on any rank.
 
     In `eval()` mode or without gradients, all classes take part and nothing is updated.
 
@@ -56,6 +44,17 @@ class PartialFC(nn.Module):
         embedding_dim: D.
         margin: the loss, from `partialfc.margins`.
         sample_rate: share of the classes that take part in a step besides those of the batch, in (0, 1].
+        sampling_correction: whether a class that was drawn counts by the inverse of its probability, so that sums over
+            classes are those of all classes in the mean; None for what the margin needs.
+        num_subcenters: K centers for each class, of which the nearest to an embedding counts (Deng et al., "Sub-center
+            ArcFace", ECCV 2020).
+        interclass_filtering_threshold: a negative whose cosine is above it is left out of the sum, as probably the
+            same identity under another label (An et al., CVPR 2022); None leaves none out.
+        variational: class centers are mixed with the last embeddings of their class; None for no.
+        auxiliaries: terms added to the loss, from `partialfc.margins`.
+        labels_per_row: P. With more than one, labels are [b, P], padded with -1; the loss of a row is the sum over
+            its labels, none of which is a negative of the others.
+        loss_weight: a factor on the whole loss, which class centers follow too.
         optimizer: how class centers move.
         dtype: float32, or float64 for tests.
         device: where the class centers live.
@@ -69,7 +68,7 @@ class PartialFC(nn.Module):
         step: updates done so far.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or does not go with another.
     """
 
     def __init__(
@@ -79,6 +78,13 @@ class PartialFC(nn.Module):
         *,
         margin: Margin,
         sample_rate: float = 1.0,
+        sampling_correction: bool | None = None,
+        num_subcenters: int = 1,
+        interclass_filtering_threshold: float | None = None,
+        variational: VariationalPrototypes | None = None,
+        auxiliaries: Sequence[Auxiliary] = (),
+        labels_per_row: int = 1,
+        loss_weight: float = 1.0,
         optimizer: CenterOptimizer | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -87,31 +93,44 @@ class PartialFC(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(margin, Margin):
-            raise ValueError(f"margin is {margin!r}, but must be a margin of partialfc.margins, such as ArcFace()")
-        _check_arguments(embedding_dim, sample_rate, dtype, init_std)
+        _check_numbers(embedding_dim, sample_rate, num_subcenters, labels_per_row, dtype, init_std, loss_weight)
+        _check_margin(margin, sampling_correction, labels_per_row)
+        _check_options(margin, interclass_filtering_threshold, variational, auxiliaries, num_subcenters, labels_per_row)
         optimizer = CenterSGD() if optimizer is None else optimizer
-        self.margin, self.seed = margin, seed
+        self.margin, self.seed, self.loss_weight = margin, seed, loss_weight
+        self.labels_per_row = labels_per_row
+        self.interclass_filtering_threshold = interclass_filtering_threshold
         self.learning_rate = optimizer.learning_rate
         self.step = 0
         self.mesh = ShardMesh.from_group(process_group)
         self.partition = ClassPartition(num_classes, self.mesh.rank, self.mesh.size)
+        placement: dict[str, Any] = {"dtype": dtype, "device": device}
+        sharding: dict[str, Any] = {"mesh": self.mesh, "seed": seed, **placement}
         self.class_centers = ClassCenters(
-            self.partition,
-            embedding_dim,
-            optimizer=optimizer,
-            mesh=self.mesh,
-            seed=seed,
-            init_std=init_std,
-            dtype=dtype,
-            device=device,
+            self.partition, (num_subcenters, embedding_dim), optimizer=optimizer, init_std=init_std, **sharding
         )
+        plain = optimizer.without_decay()
+        self.class_bias: ClassCenters | None = None
+        if margin.has_class_bias:
+            self.class_bias = ClassCenters(self.partition, (1, 1), optimizer=plain, init_std=0.0, **sharding)
+        learned = margin.initial_learned(num_classes)
+        self.learned = LearnedNumbers(learned, optimizer=plain, **placement) if learned else None
+        table: dict[str, Any] = {"mesh": self.mesh, "like": self.class_centers.weight}
+        self.auxiliary_weights = [term.weight for term in auxiliaries]
+        self.auxiliaries = nn.ModuleList(
+            build_auxiliary(term, self.partition, embedding_dim, **table) for term in auxiliaries
+        )
+        self.prototypes: PrototypeMemory | None = None
+        if variational is not None:
+            self.prototypes = PrototypeMemory(variational, self.partition, embedding_dim, **table)
         self.sampler = NegativeSampler(num_classes, sample_rate, seed=seed) if sample_rate < 1 else None
-        self._margin_state: State = margin.initial_state()
-        self._gather = BatchGather(self.mesh)
+        self.corrects_sampling = margin.needs_sampling_correction if sampling_correction is None else sampling_correction
+        self.margin_state = self._on_device(margin.initial_state(num_classes))
+        self.statistics: dict[str, Tensor] = {}
+        self.gather_batch = BatchGather(self.mesh)
         # exp(logit) and its sum over classes must stay finite in float32 for the softmax to do without a maximum.
         bound = margin.logit_bound
-        self._bounded = bound is not None and bound + math.log(num_classes) < 88
+        self.bounded = bound is not None and bound + math.log(num_classes) < 88
         # Makes the loss require a gradient even where the embeddings do not: the centers of a frozen backbone train.
         self._anchor = torch.zeros((), requires_grad=True)
 
@@ -120,106 +139,67 @@ class PartialFC(nn.Module):
 
         Args:
             embeddings: [b, D], this rank's, of any floating dtype; the head computes in its own. b may be 0.
-            labels: [b] int64, global class ids; -1 masks a row.
+            labels: [b] int64, global class ids; -1 masks a row. [b, P] if `labels_per_row` is P > 1; a row with nothing
+                but -1 is masked.
 
         Raises:
             ValueError: if shapes or dtypes are wrong; on every rank, if a label of any rank is out of range.
         """
         self._check_batch(embeddings, labels)
         if self.training and torch.is_grad_enabled():
-            loss: Tensor = _TrainingStep.apply(embeddings, self._anchor, self, labels)
+            loss: Tensor = TrainingStep.apply(embeddings, self._anchor, self, labels)
             return loss
-        batch = self._gather(embeddings.to(self._dtype), labels, num_classes=self.partition.num_classes)
-        in_play = all_in_play(batch.labels_B, self.partition)
+        batch = self.gather_batch(
+            embeddings.to(self.dtype), self.label_rows(labels), num_classes=self.partition.num_classes
+        )
+        in_play = all_in_play(batch.labels_V, self.partition)
         with torch.no_grad():
-            return self._loss(
-                batch, in_play, batch.embeddings_BD, batch.embeddings_BD, self.class_centers.select(None)
-            )[0]
+            return head_loss(self, batch, in_play, Leaves.of(self, batch, in_play)).loss
 
     def gather_class_centers(self) -> Tensor:
-        """[num_classes, D] on every rank, a copy. Collective."""
-        return self.class_centers.gather()
+        """[num_classes, D] on every rank, or [num_classes, K, D] with K > 1 sub-centers; a copy. Collective."""
+        centers = self.class_centers.gather()
+        return centers[:, 0] if centers.shape[1] == 1 else centers
 
     def set_class_centers(self, centers: Tensor) -> None:
-        """Replaces the class centers by `centers` [num_classes, D], the same on every rank; their momentum starts anew.
+        """Replaces the class centers, shaped as `gather_class_centers` gives them, the same on every rank.
+
+        Their momentum starts anew.
 
         Raises:
             ValueError: if the shape is another.
         """
-        self.class_centers.set(centers)
+        num_subcenters, dim = self.class_centers.weight.shape[2:]
+        inner = (dim,) if num_subcenters == 1 else (num_subcenters, dim)
+        expected = (self.partition.num_classes, *inner)
+        if tuple(centers.shape) != expected:
+            raise ValueError(f"class centers have shape {tuple(centers.shape)}, but must have {expected}")
+        self.class_centers.set(centers.reshape(-1, num_subcenters, dim))
+
+    def diagnostics(self) -> dict[str, float]:
+        """What there is to see of the last step: margin state, learned numbers, terms of the loss. Synchronises."""
+        values = {**self.margin_state, **self.statistics}
+        if self.learned is not None:
+            values |= {name: self.learned.value[index, 0] for index, name in enumerate(self.learned.names)}
+        return {name: float(value) for name, value in values.items()}
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
+        """Of class centers, logits and everything between."""
         return self.class_centers.weight.dtype
 
-    def _loss(
-        self,
-        batch: GlobalBatch,
-        in_play: ClassesInPlay,
-        embeddings_BD: Tensor,
-        replicated_BD: Tensor,
-        centers_nD: Tensor,
-    ) -> tuple[Tensor, State]:
-        """The mean loss and the margin's next state.
+    def label_rows(self, labels: Tensor) -> Tensor:
+        """Labels as [b, P] whatever P is."""
+        return labels if self.labels_per_row > 1 else labels[:, None]
 
-        `embeddings_BD` meet this rank's centers, so their gradient is a part of a sum over ranks; `replicated_BD`, the
-        same numbers, only serve what all ranks compute alike, so their gradient is already whole.
-        """
-        margin, mesh = self.margin, self.mesh
-        with torch.autocast(embeddings_BD.device.type, enabled=False):
-            cosine_Bn = cosines(embeddings_BD, centers_nD, margin)
-            target_B = target_cosine(cosine_Bn, in_play, mesh)
-            row = Row(
-                target_B.detach(),
-                batch.valid_B,
-                self.step,
-                replicated_BD.norm(dim=1) if Need.EMBEDDING_NORM in margin.needs else None,
-                self._noise(batch) if Need.NOISE in margin.needs else None,
-            )
-            parameters, state = margin.prepare(row, self._margin_state)
-            logsumexp_B = negative_logsumexp(
-                cosine_Bn, in_play, parameters, row, margin=margin, mesh=mesh, bounded=self._bounded
-            )
-            loss_B = rows_loss(target_B, logsumexp_B, parameters, row, margin=margin)
-            mean = torch.where(batch.valid_B, loss_B, 0.0).sum() / batch.valid_B.sum().clamp(min=1)
-        return mean, state
-
-    def _noise(self, batch: GlobalBatch) -> Tensor:
-        return normal(self.seed, _NOISE_STREAM, self.step, batch.number_B).to(self._dtype)
-
-    def _begin_step(self, embeddings: Tensor, labels: Tensor) -> _PendingStep:
-        batch = self._gather(embeddings.to(self._dtype), labels, num_classes=self.partition.num_classes)
+    def classes_in_play(self, labels_V: Tensor) -> ClassesInPlay:
+        """The classes of this rank that take part in the coming step."""
         if self.sampler is None:
-            in_play = all_in_play(batch.labels_B, self.partition)
-        else:
-            in_play = self.sampler.in_play(batch.labels_B, self.partition, self.step)
-        with torch.enable_grad():
-            embeddings_BD = batch.embeddings_BD.detach().requires_grad_()
-            replicated_BD = batch.embeddings_BD.detach().requires_grad_()
-            centers_nD = self.class_centers.select(in_play.rows).detach().requires_grad_()
-            loss, state = self._loss(batch, in_play, embeddings_BD, replicated_BD, centers_nD)
-            through_cosines, through_norms, centers_gradient_nD = torch.autograd.grad(
-                loss, (embeddings_BD, replicated_BD, centers_nD), allow_unused=True
-            )
-        # A state made from numbers with a gradient would hold on to the graphs of all steps.
-        state = {name: value.detach() for name, value in state.items()}
-        return _PendingStep(batch, in_play, loss.detach(), through_cosines, through_norms, centers_gradient_nD, state)
+            return all_in_play(labels_V, self.partition)
+        return self.sampler.in_play(labels_V, self.partition, self.step)
 
-    def _finish_step(self, pending: _PendingStep) -> Tensor:
-        """Updates centers and state; returns the gradient of the mean loss for this rank's embeddings, [b, D]."""
-        own, mesh = pending.batch.own, self.mesh
-        gradient_bD = reduce_scatter_equal(pending.embeddings_gradient_BD, mesh)[: own.stop - own.start]
-        if pending.norm_gradient_BD is not None:
-            gradient_bD = gradient_bD + pending.norm_gradient_BD[own]
-        # The loss is the same on all ranks, so they decide alike.
-        if bool(pending.loss.isfinite()):
-            self._margin_state = pending.state
-            if pending.centers_gradient_nD is not None:
-                self.class_centers.update(
-                    pending.in_play.rows, pending.centers_gradient_nD, learning_rate=self.learning_rate
-                )
-        self.step += 1
-        return gradient_bD
+    def _on_device(self, state: State) -> State:
+        return {name: value.to(self.class_centers.weight.device) for name, value in state.items()}
 
     def _check_batch(self, embeddings: Tensor, labels: Tensor) -> None:
         dim = self.class_centers.weight.shape[-1]
@@ -227,15 +207,17 @@ class PartialFC(nn.Module):
             raise ValueError(
                 f"embeddings are {embeddings.dtype} of shape {tuple(embeddings.shape)}, but must be floating [b, {dim}]"
             )
-        if labels.shape != embeddings.shape[:1] or labels.dtype != torch.int64:
+        inner = (self.labels_per_row,) if self.labels_per_row > 1 else ()
+        expected = (len(embeddings), *inner)
+        if tuple(labels.shape) != expected or labels.dtype != torch.int64:
             raise ValueError(
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)}, but must be torch.int64 of shape "
-                f"{tuple(embeddings.shape[:1])}, one for each embedding"
+                f"{expected}, {'one' if not inner else f'{self.labels_per_row} (padded with -1)'} for each embedding"
             )
 
     def get_extra_state(self) -> dict[str, Any]:
         """The step and the margin's state, for the state dict."""
-        return {"step": self.step, "margin": dict(self._margin_state)}
+        return {"step": self.step, "margin": dict(self.margin_state)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes back what `get_extra_state` gave.
@@ -243,44 +225,75 @@ class PartialFC(nn.Module):
         Raises:
             ValueError: if the state is that of another margin.
         """
-        if state["margin"].keys() != self._margin_state.keys():
+        if state["margin"].keys() != self.margin_state.keys():
             raise ValueError(
                 f"the saved margin state has {sorted(state['margin'])}, but {type(self.margin).__name__} has "
-                f"{sorted(self._margin_state)}; load it into the margin that it was saved from"
+                f"{sorted(self.margin_state)}; load it into the margin that it was saved from"
             )
         self.step = int(state["step"])
-        self._margin_state = dict(state["margin"])
+        self.margin_state = self._on_device(state["margin"])
 
 
-class _TrainingStep(torch.autograd.Function):
-    """Works out loss and gradients in forward; updates the centers and hands the gradient on in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, embeddings: Tensor, anchor: Tensor, head: PartialFC, labels: Tensor) -> Tensor:
-        ctx.head, ctx.dtype = head, embeddings.dtype
-        ctx.pending = head._begin_step(embeddings.detach(), labels)
-        loss: Tensor = ctx.pending.loss.clone()
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.pending is None:
-            raise RuntimeError(
-                "backward was called twice on one loss of PartialFC: its class centers were updated already"
-            )
-        pending, ctx.pending = ctx.pending, None
-        # The incoming gradient (a loss scale, the number of ranks) belongs to the embeddings alone.
-        return (ctx.head._finish_step(pending) * gradients[0]).to(ctx.dtype), None, None, None
-
-
-def _check_arguments(embedding_dim: int, sample_rate: float, dtype: torch.dtype, init_std: float) -> None:
-    if embedding_dim < 1:
-        raise ValueError(f"embedding_dim is {embedding_dim}, but must be at least 1")
+def _check_numbers(
+    embedding_dim: int,
+    sample_rate: float,
+    num_subcenters: int,
+    labels_per_row: int,
+    dtype: torch.dtype,
+    init_std: float,
+    loss_weight: float,
+) -> None:
+    for name, count in (
+        ("embedding_dim", embedding_dim),
+        ("num_subcenters", num_subcenters),
+        ("labels_per_row", labels_per_row),
+    ):
+        if count < 1:
+            raise ValueError(f"{name} is {count}, but must be at least 1")
     if not 0 < sample_rate <= 1:
         raise ValueError(
             f"sample_rate is {sample_rate}, but must be in (0, 1]: the share of classes drawn at each step"
         )
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype is {dtype}, but class centers are stored in torch.float32 or torch.float64")
-    if not init_std > 0:
-        raise ValueError(f"init_std is {init_std}, but must be positive")
+    for name, value in (("init_std", init_std), ("loss_weight", loss_weight)):
+        if not value > 0:
+            raise ValueError(f"{name} is {value}, but must be positive")
+
+
+def _check_margin(margin: Margin, sampling_correction: bool | None, labels_per_row: int) -> None:
+    if not isinstance(margin, Margin):
+        raise ValueError(f"margin is {margin!r}, but must be a margin of partialfc.margins, such as ArcFace()")
+    name = type(margin).__name__
+    if margin.needs_sampling_correction and sampling_correction is False:
+        raise ValueError(
+            f"sampling_correction is False, but {name} depends on the level of the sum over all classes and needs it; "
+            "leave it at None"
+        )
+    if labels_per_row > 1 and not margin.allows_several_labels:
+        raise ValueError(
+            f"labels_per_row is {labels_per_row}, but {name} is not a softmax, and would count the negatives of a row "
+            "once for each label; it takes 1"
+        )
+
+
+def _check_options(
+    margin: Margin,
+    threshold: float | None,
+    variational: VariationalPrototypes | None,
+    auxiliaries: Sequence[Auxiliary],
+    num_subcenters: int,
+    labels_per_row: int,
+) -> None:
+    if threshold is not None and not (margin.compares_cosines and -1 < threshold < 1):
+        allowed = "in (-1, 1)" if margin.compares_cosines else f"None: {type(margin).__name__} compares no cosines"
+        raise ValueError(f"interclass_filtering_threshold is {threshold}, but must be {allowed}")
+    if variational is not None and num_subcenters > 1:
+        raise ValueError(f"variational prototypes take one center for each class, but num_subcenters is {num_subcenters}")
+    if variational is not None and not margin.compares_cosines:
+        raise ValueError(f"variational prototypes are unit vectors, but {type(margin).__name__} compares no cosines")
+    for term in auxiliaries:
+        if not isinstance(term, Auxiliary):
+            raise ValueError(f"auxiliaries has {term!r}, but must have terms of partialfc.margins, such as CenterLoss()")
+    if auxiliaries and labels_per_row > 1:
+        raise ValueError(f"auxiliaries take one label for each row, but labels_per_row is {labels_per_row}")

@@ -1,15 +1,18 @@
 """The definition of the loss: one process, plain torch, nothing sharded. Documentation, and what tests compare with.
 
-B rows, C classes, D embedding dimension.
+B rows, C classes, K sub-centers, P labels of a row, D embedding dimension.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from partialfc.margins.base import Margin, Row, State, target_similarity
+from partialfc.margins.base import Aggregate, Margin, Need, Row, State, target_similarity
 
 __all__ = ["reference_loss"]
 
@@ -17,27 +20,73 @@ __all__ = ["reference_loss"]
 def reference_loss(
     embeddings_BD: Tensor,
     labels_B: Tensor,
-    class_centers_CD: Tensor,
+    class_centers_CKD: Tensor,
     margin: Margin,
     *,
     state: State | None = None,
+    learned: Mapping[str, Tensor] | None = None,
     step: int = 0,
     noise_B: Tensor | None = None,
+    bias_C: Tensor | None = None,
+    weight_C: Tensor | None = None,
+    interclass_filtering_threshold: float | None = None,
 ) -> tuple[Tensor, State]:
     """The mean margin loss over a batch without masked rows, and the margin's state after it.
 
     For a sampled softmax, pass the rows of the centers in play and labels that index them.
+
+    Args:
+        embeddings_BD: [B, D].
+        labels_B: [B] int64, or [B, P] padded with -1 if rows have several; then noise is [B * P].
+        class_centers_CKD: [C, K, D], or [C, D].
+        margin: the loss.
+        state: of the margin before the step; None for the first one.
+        learned: the learnable numbers of the margin; None for their first values.
+        step: steps done so far.
+        noise_B: standard normal numbers, for margins that need them.
+        bias_C: of each class, if the margin has them.
+        weight_C: how often a class counts as a negative; None for once.
+        interclass_filtering_threshold: negatives above it do not count.
     """
+    num_classes = len(class_centers_CKD)
     x_BD = F.normalize(embeddings_BD) if margin.normalize_embeddings else embeddings_BD
-    w_CD = F.normalize(class_centers_CD) if margin.normalize_class_centers else class_centers_CD
-    cosine_BC = x_BD @ w_CD.T
+    w_CKD = class_centers_CKD.view(num_classes, -1, class_centers_CKD.shape[-1])
+    w_CKD = F.normalize(w_CKD, dim=-1) if margin.normalize_class_centers else w_CKD
+    cosine_BC = torch.einsum("bd,ckd->bck", x_BD, w_CKD).max(2).values + (0.0 if bias_C is None else bias_C)
+
+    # From here on a row is one label of a row: with several, rows are repeated, and none is a negative of another.
+    labels_BP = labels_B.view(len(labels_B), -1)
+    own_BC = (labels_BP[:, :, None] == torch.arange(num_classes)).any(1)
+    row_B, column_B = (labels_BP >= 0).nonzero(as_tuple=True)
+    labels_B, own_BC, cosine_BC = labels_BP[row_B, column_B], own_BC[row_B], cosine_BC[row_B]
+    excluded_BC = own_BC
+    if interclass_filtering_threshold is not None:
+        excluded_BC = own_BC | (cosine_BC > interclass_filtering_threshold)
+    log_weight_C = cosine_BC.new_zeros(num_classes) if weight_C is None else weight_C.log()
+
     target_B = cosine_BC.gather(1, labels_B[:, None])[:, 0]
+    if state is None:
+        state = margin.initial_state(num_classes)
+    if learned is None:
+        learned = {name: torch.tensor(value) for name, value in margin.initial_learned(num_classes).items()}
+    logsumexp_B = None
+    if Need.NEGATIVE_LOGSUMEXP in margin.needs:
+        statistic_BC = margin.statistic_scale(state) * cosine_BC.detach() + log_weight_C
+        logsumexp_B = statistic_BC.masked_fill(excluded_BC, -math.inf).logsumexp(1)
     valid_B = torch.ones_like(labels_B, dtype=torch.bool)
-    row = Row(target_B.detach(), valid_B, step, embeddings_BD.norm(dim=1), noise_B)
-    parameters, state = margin.prepare(row, margin.initial_state() if state is None else state)
-    scale = torch.as_tensor(margin.logit_scale(row), dtype=x_BD.dtype).expand(len(labels_B))[:, None]
-    with_margin_B1 = target_similarity(margin, target_B, parameters)[:, None]
-    logits_BC = scale * margin.negative(cosine_BC, parameters).scatter(1, labels_B[:, None], with_margin_B1)
-    loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
+    norm_B = embeddings_BD.norm(dim=1)[row_B]
+    row = Row(target_B.detach(), valid_B, step, norm_B, noise_B, logsumexp_B, learned)
+    parameters, state = margin.prepare(row, state)
+
+    scale = margin.logit_scale(parameters)
+    own_logit_B = scale * target_similarity(margin, target_B, parameters)
+    scale = scale[:, None] if isinstance(scale, Tensor) else scale
+    logits_BC = (scale * margin.negative(cosine_BC, parameters)).masked_fill(excluded_BC, -math.inf)
+    if margin.aggregate is Aggregate.LOGSUMEXP:
+        logits_BC = (logits_BC + log_weight_C).scatter(1, labels_B[:, None], own_logit_B[:, None])
+        loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
+    else:
+        loss_B = margin.row_loss(own_logit_B, (F.softplus(logits_BC, threshold=50) * log_weight_C.exp()).sum(1))
     regularizer_B = margin.regularizer(row)
-    return (loss_B if regularizer_B is None else loss_B + regularizer_B).mean(), state
+    loss_B = loss_B if regularizer_B is None else loss_B + regularizer_B
+    return loss_B.sum() / (labels_BP >= 0).any(1).sum(), state

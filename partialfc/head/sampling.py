@@ -28,24 +28,26 @@ class ClassesInPlay:
 
     Attributes:
         rows: [n] int64, distinct, in [0, num_local_classes); None if all of them, in order.
-        owned_B: [B] bool, whether the label of a row of the batch lives on this rank.
-        slot_B: [B] int64, where it does: the place of the label among `rows`; 0 elsewhere.
+        owned_V: [V] bool, whether a label of the batch lives on this rank.
+        slot_V: [V] int64, where it does: the place of the label among `rows`; 0 elsewhere.
+        drawn_probability: the probability with which a class that is not in the batch takes part.
     """
 
     rows: Tensor | None
-    owned_B: Tensor
-    slot_B: Tensor
+    owned_V: Tensor
+    slot_V: Tensor
+    drawn_probability: float = 1.0
 
 
-def _owned(labels_B: Tensor, partition: ClassPartition) -> Tensor:
+def _owned(labels_V: Tensor, partition: ClassPartition) -> Tensor:
     start = partition.class_start
-    return (labels_B >= start) & (labels_B < start + partition.num_local_classes)
+    return (labels_V >= start) & (labels_V < start + partition.num_local_classes)
 
 
-def all_in_play(labels_B: Tensor, partition: ClassPartition) -> ClassesInPlay:
+def all_in_play(labels_V: Tensor, partition: ClassPartition) -> ClassesInPlay:
     """Every class takes part: no sampling."""
-    owned_B = _owned(labels_B, partition)
-    return ClassesInPlay(None, owned_B, torch.where(owned_B, labels_B - partition.class_start, 0))
+    owned_V = _owned(labels_V, partition)
+    return ClassesInPlay(None, owned_V, torch.where(owned_V, labels_V - partition.class_start, 0))
 
 
 class NegativeSampler:
@@ -72,30 +74,30 @@ class NegativeSampler:
         """The probability that a class which is not in the batch is drawn, the same for all."""
         return self.draws_per_cell / self.cell_size
 
-    def in_play(self, labels_B: Tensor, partition: ClassPartition, step: int) -> ClassesInPlay:
-        """The classes that take part in `step` on the rank of `partition`, for labels [B] of the global batch."""
+    def in_play(self, labels_V: Tensor, partition: ClassPartition, step: int) -> ClassesInPlay:
+        """The classes that take part in `step` on the rank of `partition`, for labels [V] of the global batch."""
         start, stop = partition.class_start, partition.class_start + partition.num_local_classes
         first_cell, last_cell = start // self.cell_size, -(-stop // self.cell_size)
-        cells = torch.arange(first_cell, max(first_cell, last_cell), device=labels_B.device)[:, None]
-        draws = torch.arange(self.draws_per_cell, device=labels_B.device)[None, :]
+        cells = torch.arange(first_cell, max(first_cell, last_cell), device=labels_V.device)[:, None]
+        draws = torch.arange(self.draws_per_cell, device=labels_V.device)[None, :]
         drawn = (cells * self.cell_size + self._permutation(draws, self._key(step, cells))).flatten()
         # A cell may straddle the border to another rank, and the last one the end of the classes.
         mine = (drawn >= start) & (drawn < stop)
         place_of_draw = mine.cumsum(0) - 1
 
-        owned_B = _owned(labels_B, partition)
-        own_labels = torch.where(owned_B, labels_B, start)
-        cell_B = own_labels // self.cell_size
-        draw_B = self._permutation.inverse(own_labels % self.cell_size, self._key(step, cell_B))
-        drawn_B = draw_B < self.draws_per_cell
-        added = torch.unique(labels_B[owned_B & ~drawn_B])
+        owned_V = _owned(labels_V, partition)
+        own_labels = torch.where(owned_V, labels_V, start)
+        cell_V = own_labels // self.cell_size
+        draw_V = self._permutation.inverse(own_labels % self.cell_size, self._key(step, cell_V))
+        drawn_V = draw_V < self.draws_per_cell
+        added = torch.unique(labels_V[owned_V & ~drawn_V])
 
         rows = torch.cat([drawn[mine], added]) - start
-        slot_B = mine.sum() + torch.searchsorted(added, own_labels)
+        slot_V = mine.sum() + torch.searchsorted(added, own_labels)
         if drawn.numel():
-            number_B = torch.where(drawn_B, (cell_B - first_cell) * self.draws_per_cell + draw_B, 0)
-            slot_B = torch.where(drawn_B, place_of_draw[number_B], slot_B)
-        return ClassesInPlay(rows, owned_B, torch.where(owned_B, slot_B, 0))
+            number_V = torch.where(drawn_V, (cell_V - first_cell) * self.draws_per_cell + draw_V, 0)
+            slot_V = torch.where(drawn_V, place_of_draw[number_V], slot_V)
+        return ClassesInPlay(rows, owned_V, torch.where(owned_V, slot_V, 0), self.inclusion_probability)
 
     def _key(self, step: int, cell: Tensor) -> Tensor:
         return hash64(self.seed, _SAMPLING_STREAM, step, cell)

@@ -1,4 +1,4 @@
-"""Margins that are the same for every row: Softmax, NormFace, CosFace, ArcFace and their combination.
+"""Margins that are the same for every row: no margin, one on the cosine, one on the angle, and Circle loss.
 
 Symbols: theta is the angle between an embedding and its class center, cos its cosine, s the scale, m a margin.
 """
@@ -6,44 +6,71 @@ Symbols: theta is the angle between an embedding and its class center, cos its c
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, get_args
 
-import torch
 from torch import Tensor
 
-from partialfc.margins.base import Margin, Parameters
+from partialfc.margins.angles import Tail, margin_angle
+from partialfc.margins.base import Parameters, Row, ScaledMargin, State
 
-__all__ = ["ArcFace", "CombinedMargin", "CosFace", "NormFace", "Softmax", "Tail"]
-
-Tail = Literal["linear", "none", "easy"]
-
-# The arc cosine has no derivative at +-1. Cosines beyond this have zero gradient.
-_COSINE_LIMIT = 1.0 - 1e-7
+__all__ = ["ArcFace", "CircleLoss", "CombinedMargin", "CosFace", "NormFace", "Softmax"]
 
 
 @dataclass(frozen=True)
-class Softmax(Margin):
-    """Inner products as logits: f = h = <x, w>, neither embeddings nor class centers normalised."""
+class Softmax(ScaledMargin):
+    """Inner products as logits: f = h = <x, w> + b, neither embeddings nor class centers normalised.
+
+    Attributes:
+        bias: whether each class has a learnable bias b.
+    """
 
     scale: float = 1.0
+    bias: bool = True
 
     normalize_embeddings: ClassVar[bool] = False
     normalize_class_centers: ClassVar[bool] = False
 
+    @property
+    def has_class_bias(self) -> bool:
+        """The setting `bias`."""
+        return self.bias
+
 
 @dataclass(frozen=True)
-class NormFace(Margin):
+class NormFace(ScaledMargin):
     """Scaled cosines without a margin: f = h = cos.
 
     Wang, Xiang, Cheng and Yuille, "NormFace: L2 Hypersphere Embedding for Face Verification", ACM MM 2017, eq. 6.
+
+    Attributes:
+        learned: whether the scale is trained too (section 3.3 of the paper), from `scale` on.
     """
 
     scale: float = 64.0
+    learned: bool = False
+
+    @property
+    def logit_bound(self) -> float | None:
+        """None if the scale is trained."""
+        return None if self.learned else self.scale
+
+    def initial_learned(self, num_classes: int) -> Mapping[str, float]:
+        """`scale`, if it is trained."""
+        return {"scale": self.scale} if self.learned else {}
+
+    def prepare(self, row: Row, state: State) -> tuple[Parameters, State]:
+        """The trained scale, the same for each row."""
+        return {name: value.expand_as(row.target_cosine) for name, value in row.learned.items()}, state
+
+    def logit_scale(self, parameters: Parameters) -> float | Tensor:
+        """The scale, trained or not."""
+        return parameters["scale"] if self.learned else self.scale
 
 
 @dataclass(frozen=True)
-class CosFace(Margin):
+class CosFace(ScaledMargin):
     """Additive cosine margin: f = cos - m.
 
     Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", CVPR 2018, eq. 4. Also AM-Softmax.
@@ -58,7 +85,7 @@ class CosFace(Margin):
 
 
 @dataclass(frozen=True)
-class ArcFace(Margin):
+class ArcFace(ScaledMargin):
     """Additive angular margin: f = cos(theta + m).
 
     Deng, Guo, Xue and Zafeiriou, "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", CVPR 2019, eq. 3.
@@ -80,11 +107,11 @@ class ArcFace(Margin):
 
     def target(self, cosine_B: Tensor, parameters: Parameters) -> Tensor:
         """[B] -> [B], cos(theta + m)."""
-        return _angular_target(cosine_B, 1.0, self.margin, self.tail)
+        return margin_angle(cosine_B, offset=self.margin, tail=self.tail)
 
 
 @dataclass(frozen=True)
-class CombinedMargin(Margin):
+class CombinedMargin(ScaledMargin):
     """SphereFace, ArcFace and CosFace in one: f = cos(m1 theta + m2) - m3.
 
     Deng et al. (CVPR 2019), eq. 4.
@@ -111,17 +138,31 @@ class CombinedMargin(Margin):
 
     def target(self, cosine_B: Tensor, parameters: Parameters) -> Tensor:
         """[B] -> [B], cos(m1 theta + m2) - m3."""
-        return _angular_target(cosine_B, self.m1, self.m2, self.tail) - self.m3
+        return margin_angle(cosine_B, factor=self.m1, offset=self.m2, tail=self.tail) - self.m3
 
 
-def _angular_target(cosine: Tensor, factor: float, offset: float, tail: Tail) -> Tensor:
-    """cos(factor * theta + offset), with the chosen behaviour where that angle passes pi."""
-    theta = torch.acos(cosine.clamp(-_COSINE_LIMIT, _COSINE_LIMIT))
-    shifted = torch.cos(factor * theta + offset)
-    if tail == "easy":
-        return torch.where(cosine > 0, shifted, cosine)
-    if tail == "none" or factor * math.pi + offset <= math.pi:
-        return shifted
-    cosine_at_pi = math.cos((math.pi - offset) / factor)
-    drop = max(offset * math.sin(offset), 1.0 + cosine_at_pi)
-    return torch.where(cosine > cosine_at_pi, shifted, cosine - drop)
+@dataclass(frozen=True)
+class CircleLoss(ScaledMargin):
+    """Similarities weighted by their distance from the optimum: f = [1 + m - cos]_+ (cos - (1 - m)), and for the others
+    h = [cos + m]_+ (cos - m). The weights in brackets are constants of the step: they pace the gradient.
+
+    Sun et al., "Circle Loss: A Unified Perspective of Pair Similarity Optimization", CVPR 2020, eq. 6 and 8 with class
+    centers as the other half of each pair (section 3.3).
+    """
+
+    scale: float = 256.0
+    margin: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(-1 < self.margin < 1, "margin", "in (-1, 1)")
+
+    def target(self, cosine_B: Tensor, parameters: Parameters) -> Tensor:
+        """[B] -> [B], the weighted similarity to the own class."""
+        weight_B = (1 + self.margin - cosine_B.detach()).clamp(min=0)
+        return weight_B * (cosine_B - (1 - self.margin))
+
+    def negative(self, cosine_Bn: Tensor, parameters: Parameters) -> Tensor:
+        """[B, n] -> [B, n], the weighted similarity to the others."""
+        weight_Bn = (cosine_Bn.detach() + self.margin).clamp(min=0)
+        return weight_Bn * (cosine_Bn - self.margin)

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -30,8 +30,9 @@ from pydantic import (
 )
 
 from partialfc.backbones import BACKBONES
+from partialfc.head import VariationalPrototypes
 from partialfc.head.optimizers import CenterAdamW, CenterOptimizer, CenterSGD
-from partialfc.margins import MARGINS, Margin
+from partialfc.margins import AUXILIARIES, MARGINS, Auxiliary, Margin
 from partialfc.optim import SCHEDULES, Cosine, MultiStep, Polynomial
 
 __all__ = ["Config", "dump_config", "json_schema", "load_config", "write_config"]
@@ -95,12 +96,22 @@ def _choice(
 
 MarginChoice = Annotated[Margin, *_choice(MARGINS, "margin")]
 CenterOptimizerChoice = Annotated[Any, *_choice(CENTER_OPTIMIZERS, "center optimizer", "sgd")]
+AuxiliaryChoice = Annotated[Auxiliary, *_choice(AUXILIARIES, "term")]
 ScheduleChoice = Annotated[Polynomial | Cosine | MultiStep, *_choice(SCHEDULES, "schedule", "polynomial")]
 
 
 def _known_backbone(name: str) -> str:
     if name not in BACKBONES and not name.startswith("timm:"):
         raise ValueError(f"must be one of {', '.join(BACKBONES)}, or timm:NAME{_suggestion(name, list(BACKBONES))}")
+    return name
+
+
+def _task_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or name == "main":
+        raise ValueError(
+            "the name of a task must be letters, digits, _ and -, begin with a letter, and not be main, which is that "
+            "of the sections data and head"
+        )
     return name
 
 
@@ -154,9 +165,37 @@ class HeadConfig(_Section):
 
     margin: MarginChoice
     sample_rate: float = Field(default=1.0, gt=0, le=1, description="share of the classes in play at each step")
+    sampling_correction: bool | None = Field(
+        default=None, description="count a drawn class by the inverse of its probability; null: if the margin needs it"
+    )
+    num_subcenters: int = Field(default=1, ge=1, le=1000, description="centers of each class; the nearest counts")
+    interclass_filtering_threshold: float | None = Field(
+        default=None, gt=-1, lt=1, description="negatives with a larger cosine are left out; null: none"
+    )
+    variational: VariationalPrototypes | None = Field(
+        default=None, description="mix class centers with the last embeddings of their class; null: no"
+    )
+    auxiliaries: tuple[AuxiliaryChoice, ...] = Field(default=(), description="terms added to the loss")
     optimizer: CenterOptimizerChoice = Field(default_factory=CenterSGD)
     init_std: float = Field(default=0.01, gt=0, description="standard deviation of initial class-center elements")
     num_classes: int | None = Field(default=None, ge=1, le=10**10, description="null: as many as the data has")
+    loss_weight: float = Field(default=1.0, gt=0, description="factor on the loss of this head")
+
+    @property
+    def center_optimizer(self) -> CenterOptimizer:
+        """`optimizer`, with its type."""
+        optimizer: CenterOptimizer = self.optimizer
+        return optimizer
+
+
+class TaskConfig(_Section):
+    """A further data set with identities and a head of its own, on the same backbone in the same steps."""
+
+    data_directory: Path = Field(description="a folder with train/, as `partialfc data` writes it")
+    head: HeadConfig
+    global_batch_size: int = Field(
+        ge=1, le=10**7, description="its images of a step over all ranks, besides the others"
+    )
 
 
 class OptimizerConfig(_Section):
@@ -208,14 +247,11 @@ class Config(_Section):
     head: HeadConfig
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: TrainingConfig
+    tasks: dict[Annotated[str, AfterValidator(_task_name)], TaskConfig] = Field(
+        default_factory=dict, description="further data sets with heads of their own, by name"
+    )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-
-    @property
-    def center_optimizer(self) -> CenterOptimizer:
-        """`head.optimizer`, with its type."""
-        optimizer: CenterOptimizer = self.head.optimizer
-        return optimizer
 
 
 class _Loader(yaml.SafeLoader):
@@ -316,7 +352,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[str, Any]:
-    if path in _CHOICES and "name" in over and over["name"] != base.get("name", _CHOICES[path]):
+    place = path[2:] if path[:1] == ("tasks",) else path
+    if place in _CHOICES and "name" in over and over["name"] != base.get("name", _CHOICES[place]):
         return dict(over)
     merged = dict(base)
     for key, value in over.items():
@@ -328,9 +365,8 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any], path: tuple[str, ...] 
 def _explain(problem: Any) -> str:
     """One pydantic error as: dotted path, what was given, what is allowed."""
     path = ".".join(str(part) for part in problem["loc"]) or "(top level)"
-    if problem["type"] == "extra_forbidden":
-        section = _section_at(problem["loc"][:-1])
-        allowed = list(section.model_fields)
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        allowed = _keys_at(problem["loc"][:-1])
         return f"{path}: unknown key{_suggestion(str(problem['loc'][-1]), allowed)}; allowed are {', '.join(allowed)}"
     if problem["type"] == "missing":
         return f"{path}: is missing; set it in the file, or as {path}=... on the command line"
@@ -338,11 +374,16 @@ def _explain(problem: Any) -> str:
     return f"{path}: {problem['input']!r} given; {message}"
 
 
-def _section_at(location: Sequence[int | str]) -> type[BaseModel]:
-    section: type[BaseModel] = Config
+def _keys_at(location: Sequence[int | str]) -> list[str]:
+    """What may stand at a place of the tree: keys of a section, or settings of a part that has no name."""
+    section: Any = Config
     for part in location:
-        annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        section = annotation
-    return section
+        if get_origin(section) is dict:
+            section = get_args(section)[1]
+            continue
+        section = section.model_fields[str(part)].annotation
+        if type(None) in get_args(section):
+            section = next(entry for entry in get_args(section) if entry is not type(None))
+    if dataclasses.is_dataclass(section):
+        return [entry.name for entry in dataclasses.fields(section)]
+    return list(section.model_fields)

@@ -121,9 +121,6 @@ BOTH_GRADIENTS: list[Margin] = [
     UniFace(),
     ProbeMargin(),
 ]
-MARGINS: list[Margin] = [
-    replace(margin, gradient=gradient) for gradient in ("exact", "detached") for margin in BOTH_GRADIENTS
-]
 NO_DELAY = VariationalPrototypes(weight=0.4, max_age=1, start_step=1)
 # Options of the head that compose with any margin, each with margins that go through different paths.
 OPTIONS: list[tuple[Margin, dict[str, Any]]] = [
@@ -223,15 +220,23 @@ def _several_labels(world_size: int, num_classes: int) -> dict[str, list[list[li
 
 
 def cases(world_size: int) -> Iterator[Case]:
-    # 64 classes: even. 130: uneven, with phantoms. 37: uneven. 3: at world size 4, a rank without classes.
-    few = ("even batches", "uneven batches")
-    for margin, num_classes, sample_rate in itertools.product(MARGINS, (64, 130, 37, 3), (1.0, 0.3)):
+    """Every margin and option in every situation that may go wrong for it, sampled and not.
+
+    130 classes: uneven over ranks, with phantoms. 64: even. 37: uneven. 3: at world size 4, a rank without classes.
+    """
+    few, some = ("even batches", "uneven batches"), ("uneven batches", "duplicates", "cosines at +1 and -1")
+    plan: list[tuple[list[tuple[Margin, dict[str, Any]]], int, tuple[str, ...] | None]] = [
+        ([(margin, {}) for margin in BOTH_GRADIENTS], 130, None),
+        ([(margin, {}) for margin in BOTH_GRADIENTS], 3, few),
+        ([(replace(margin, gradient="detached"), {}) for margin in BOTH_GRADIENTS], 130, some),
+        ([(ArcFace(), {}), (ProbeMargin(), {})], 64, None),
+        ([(ArcFace(), {}), (ProbeMargin(), {})], 37, None),
+        (OPTIONS, 130, (*some, "a rank without rows", "masked rows", "all rows masked")),
+        (OPTIONS, 3, few),
+    ]
+    for entries, num_classes, names in plan:
         batches = _labels(world_size, num_classes)
-        for name in few if num_classes < 64 else batches:
-            yield Case(name, margin, num_classes, sample_rate, batches[name])
-    for (margin, options), num_classes, sample_rate in itertools.product(OPTIONS, (130, 3), (1.0, 0.3)):
-        batches = _labels(world_size, num_classes)
-        for name in few if num_classes < 64 else batches:
+        for (margin, options), sample_rate, name in itertools.product(entries, (1.0, 0.3), names or batches):
             yield Case(name, margin, num_classes, sample_rate, batches[name], options)
     for (margin, options), sample_rate in itertools.product(SEVERAL_LABELS, (1.0, 0.3)):
         for name, labels in _several_labels(world_size, 130).items():
@@ -273,9 +278,11 @@ def build(case: Case) -> PartialFC:
     )
 
 
-def _has_memory(head: PartialFC) -> bool:
-    """Whether a second step differs from a first one."""
-    return bool(head.margin_state or head.learned or head.class_bias or len(head.auxiliaries) or head.prototypes)
+def _num_steps(head: PartialFC) -> int:
+    """As many as differ from each other by what the head remembers."""
+    if head.prototypes is not None:
+        return 3
+    return 2 if head.margin_state or head.learned or head.class_bias or len(head.auxiliaries) else 1
 
 
 def check_case(case: Case, rank: int) -> None:
@@ -285,7 +292,7 @@ def check_case(case: Case, rank: int) -> None:
     head.set_class_centers(centers if centers.shape[1] > 1 else centers[:, 0])
     oracle = Oracle(case, head, centers)
     start = sum(len(labels) for labels in case.labels[:rank])
-    for step in range(3 if _has_memory(head) else 1):
+    for step in range(_num_steps(head)):
         own = embeddings[rank].clone().requires_grad_()
         labels = torch.tensor(case.labels[rank], dtype=torch.int64).view(len(own), *head_labels(case))
         loss = head(own, labels)
@@ -316,8 +323,7 @@ class Oracle:
         count = case.num_classes
         self.state = case.margin.initial_state(count)
         self.learned = {
-            name: torch.tensor(value, dtype=torch.float64)
-            for name, value in case.margin.initial_learned(count).items()
+            name: torch.tensor(value, dtype=torch.float64) for name, value in case.margin.initial_learned(count).items()
         }
         self.bias = torch.zeros(count, dtype=torch.float64)
         self.own_centers = torch.zeros(count, DIM, dtype=torch.float64)  # of Center loss
@@ -387,7 +393,9 @@ class Oracle:
 
     @staticmethod
     def _without_repetitions(labels: Tensor) -> Tensor:
-        rows = [[label if label not in row[:place] else -1 for place, label in enumerate(row)] for row in labels.tolist()]
+        rows = [
+            [label if label not in row[:place] else -1 for place, label in enumerate(row)] for row in labels.tolist()
+        ]
         return torch.tensor(rows)
 
     def _mixed(self, centers: Tensor, step: int) -> Tensor:
@@ -412,11 +420,18 @@ class Oracle:
                 moved[label] -= term.alpha * difference[rows].sum(0) / share
             self.own_centers = moved
             return value
-        distance = [[(a - b).square().sum().sqrt() if i != j else None for j, b in enumerate(x)] for i, a in enumerate(x)]
-        near = [[d for j, d in enumerate(row) if d is not None and labels[i] == labels[j]] for i, row in enumerate(distance)]
+        distance = [
+            [(a - b).square().sum().sqrt() if i != j else None for j, b in enumerate(x)] for i, a in enumerate(x)
+        ]
+        near = [
+            [d for j, d in enumerate(row) if d is not None and labels[i] == labels[j]] for i, row in enumerate(distance)
+        ]
         far = [[d for j, d in enumerate(row) if labels[i] != labels[j]] for i, row in enumerate(distance)]
         if isinstance(term, ContrastiveLoss):
-            kinds = [0.5 * d**2 for row in near for d in row], [0.5 * F.relu(term.margin - d) ** 2 for row in far for d in row]
+            kinds = (
+                [0.5 * d**2 for row in near for d in row],
+                [0.5 * F.relu(term.margin - d) ** 2 for row in far for d in row],
+            )
             return sum((torch.stack(kind).mean() for kind in kinds if kind), torch.tensor(0.0).double())
         gaps = [max(a) - min(b) for a, b in zip(near, far, strict=True) if a and b]
         costs = [F.softplus(gap) if term.soft else F.relu(term.margin + gap) for gap in gaps]

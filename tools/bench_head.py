@@ -202,7 +202,7 @@ def _logits(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def build_all(case: Case) -> dict[str, Contestant]:
     """The contestants, all with the same class centers."""
     own = Own(case)
-    centers = own.head.class_centers.select(None)
+    centers = own.head.class_centers.select(None)[:, 0]
     return {
         "ours": own,
         "plain": PlainSoftmax(case, centers.clone()),

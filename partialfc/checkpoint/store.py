@@ -126,6 +126,14 @@ class CheckpointStore:
             )
         return None
 
+    def metadata(self, path: str | Path) -> dict[str, Any]:
+        """What was saved beside the state of a committed checkpoint, without reading the state.
+
+        Raises:
+            CheckpointError: if the manifest cannot be read.
+        """
+        return self._manifest(Path(path), f"reading {path}").metadata
+
     def load(self, path: str | Path, state: dict[str, Any]) -> dict[str, Any]:
         """Verifies a checkpoint and loads it into `state`, whatever the number of ranks that wrote it.
 
@@ -198,9 +206,13 @@ class CheckpointStore:
     def _verify(self, path: Path) -> Manifest:
         """Compares all files with the manifest, the work divided over the ranks."""
         what = f"verifying {path}"
+        manifest = self._manifest(path, what)
+        self._agree(what, lambda: _check_files(path, _share(manifest.files, self.mesh)))
+        return manifest
+
+    def _manifest(self, path: Path, what: str) -> Manifest:
         manifest = self._agree(what, lambda: Manifest.read(path) if self.mesh.rank == 0 else None)[0]
         assert manifest is not None
-        self._agree(what, lambda: _check_files(path, _share(manifest.files, self.mesh)))
         return manifest
 
     def _agree(self, what: str, stage: Callable[[], Result]) -> list[Result]:

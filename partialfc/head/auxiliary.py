@@ -29,7 +29,13 @@ def owned_rows(labels_B: Tensor, partition: ClassPartition) -> tuple[Tensor, Ten
 
 
 class AuxiliaryTerm(nn.Module):
-    """What the head asks of a term of any kind."""
+    """What the head asks of a term of any kind.
+
+    Attributes:
+        weight: the factor on it.
+    """
+
+    weight: float
 
     def value(self, embeddings_BD: Tensor, batch: GlobalBatch) -> Tensor:
         """The term without its weight, a scalar, the same on all ranks.
@@ -110,4 +116,6 @@ def build_auxiliary(
     term: Auxiliary, partition: ClassPartition, embedding_dim: int, *, mesh: ShardMesh, like: Tensor
 ) -> AuxiliaryTerm:
     """The sharded form of `term`; what it stores is of the dtype and on the device of `like`."""
-    return _KINDS[term.kind](term, partition, embedding_dim, mesh, like)
+    sharded = _KINDS[term.kind](term, partition, embedding_dim, mesh, like)
+    sharded.weight = term.weight
+    return sharded

@@ -76,9 +76,7 @@ class BatchGather:
         embeddings_BD = torch.where(valid_BP.any(1)[:, None], all_gather_equal(padded, self.mesh), 1.0)
         start = self.mesh.rank * self.capacity
         own = slice(start, start + len(embeddings_bD))
-        return GlobalBatch(
-            embeddings_BD, labels_BP.flatten(), num_labels, valid_BP.flatten(), number_BP.flatten(), own
-        )
+        return GlobalBatch(embeddings_BD, labels_BP.flatten(), num_labels, valid_BP.flatten(), number_BP.flatten(), own)
 
     def _gather_labels(self, labels_bP: Tensor) -> tuple[Tensor, Tensor]:
         """(sizes [W], labels [W, capacity, P])."""

@@ -18,24 +18,16 @@ class LearnedNumbers(nn.Module):
     Args:
         initial: their first values.
         optimizer: moves them.
-        dtype: float32 or float64.
-        device: where they live.
+        like: a tensor whose dtype and device they have.
     """
 
     value: Tensor
 
-    def __init__(
-        self,
-        initial: Mapping[str, float],
-        *,
-        optimizer: CenterOptimizer,
-        dtype: torch.dtype,
-        device: torch.device | str | None,
-    ) -> None:
+    def __init__(self, initial: Mapping[str, float], *, optimizer: CenterOptimizer, like: Tensor) -> None:
         super().__init__()
         self.names, self.optimizer = list(initial), optimizer
         # One row for each, as optimizers of class centers expect.
-        self.register_buffer("value", torch.tensor(list(initial.values()), dtype=dtype, device=device)[:, None])
+        self.register_buffer("value", like.new_tensor(list(initial.values()))[:, None])
         self._state_names = []
         for name, value in optimizer.initial_state(self.value).items():
             self.register_buffer(name, value)

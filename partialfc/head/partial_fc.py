@@ -104,19 +104,16 @@ class PartialFC(nn.Module):
         self.step = 0
         self.mesh = ShardMesh.from_group(process_group)
         self.partition = ClassPartition(num_classes, self.mesh.rank, self.mesh.size)
-        placement: dict[str, Any] = {"dtype": dtype, "device": device}
-        sharding: dict[str, Any] = {"mesh": self.mesh, "seed": seed, **placement}
-        self.class_centers = ClassCenters(
-            self.partition, (num_subcenters, embedding_dim), optimizer=optimizer, init_std=init_std, **sharding
-        )
+        sharding: dict[str, Any] = {"mesh": self.mesh, "seed": seed, "dtype": dtype, "device": device}
+        shape = (num_subcenters, embedding_dim)
+        self.class_centers = ClassCenters(self.partition, shape, optimizer=optimizer, init_std=init_std, **sharding)
+        table: dict[str, Any] = {"mesh": self.mesh, "like": self.class_centers.weight}
         plain = optimizer.without_decay()
         self.class_bias: ClassCenters | None = None
         if margin.has_class_bias:
             self.class_bias = ClassCenters(self.partition, (1, 1), optimizer=plain, init_std=0.0, **sharding)
         learned = margin.initial_learned(num_classes)
-        self.learned = LearnedNumbers(learned, optimizer=plain, **placement) if learned else None
-        table: dict[str, Any] = {"mesh": self.mesh, "like": self.class_centers.weight}
-        self.auxiliary_weights = [term.weight for term in auxiliaries]
+        self.learned = LearnedNumbers(learned, optimizer=plain, like=table["like"]) if learned else None
         self.auxiliaries = nn.ModuleList(
             build_auxiliary(term, self.partition, embedding_dim, **table) for term in auxiliaries
         )
@@ -124,7 +121,7 @@ class PartialFC(nn.Module):
         if variational is not None:
             self.prototypes = PrototypeMemory(variational, self.partition, embedding_dim, **table)
         self.sampler = NegativeSampler(num_classes, sample_rate, seed=seed) if sample_rate < 1 else None
-        self.corrects_sampling = margin.needs_sampling_correction if sampling_correction is None else sampling_correction
+        self.corrects_sampling = sampling_correction or margin.needs_sampling_correction
         self.margin_state = self._on_device(margin.initial_state(num_classes))
         self.statistics: dict[str, Tensor] = {}
         self.gather_batch = BatchGather(self.mesh)
@@ -289,11 +286,15 @@ def _check_options(
         allowed = "in (-1, 1)" if margin.compares_cosines else f"None: {type(margin).__name__} compares no cosines"
         raise ValueError(f"interclass_filtering_threshold is {threshold}, but must be {allowed}")
     if variational is not None and num_subcenters > 1:
-        raise ValueError(f"variational prototypes take one center for each class, but num_subcenters is {num_subcenters}")
+        raise ValueError(
+            f"variational prototypes take one center for each class, but num_subcenters is {num_subcenters}"
+        )
     if variational is not None and not margin.compares_cosines:
         raise ValueError(f"variational prototypes are unit vectors, but {type(margin).__name__} compares no cosines")
     for term in auxiliaries:
         if not isinstance(term, Auxiliary):
-            raise ValueError(f"auxiliaries has {term!r}, but must have terms of partialfc.margins, such as CenterLoss()")
+            raise ValueError(
+                f"auxiliaries has {term!r}, but must have terms of partialfc.margins, such as CenterLoss()"
+            )
     if auxiliaries and labels_per_row > 1:
         raise ValueError(f"auxiliaries take one label for each row, but labels_per_row is {labels_per_row}")

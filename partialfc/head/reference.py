@@ -49,44 +49,54 @@ def reference_loss(
         interclass_filtering_threshold: negatives above it do not count.
     """
     num_classes = len(class_centers_CKD)
-    x_BD = F.normalize(embeddings_BD) if margin.normalize_embeddings else embeddings_BD
-    w_CKD = class_centers_CKD.view(num_classes, -1, class_centers_CKD.shape[-1])
-    w_CKD = F.normalize(w_CKD, dim=-1) if margin.normalize_class_centers else w_CKD
-    cosine_BC = torch.einsum("bd,ckd->bck", x_BD, w_CKD).max(2).values + (0.0 if bias_C is None else bias_C)
-
+    cosine_BC = _similarities(embeddings_BD, class_centers_CKD, margin) + (0.0 if bias_C is None else bias_C)
     # From here on a row is one label of a row: with several, rows are repeated, and none is a negative of another.
-    labels_BP = labels_B.view(len(labels_B), -1)
+    labels_BP = labels_B[:, None] if labels_B.ndim == 1 else labels_B
     own_BC = (labels_BP[:, :, None] == torch.arange(num_classes)).any(1)
     row_B, column_B = (labels_BP >= 0).nonzero(as_tuple=True)
     labels_B, own_BC, cosine_BC = labels_BP[row_B, column_B], own_BC[row_B], cosine_BC[row_B]
-    excluded_BC = own_BC
-    if interclass_filtering_threshold is not None:
-        excluded_BC = own_BC | (cosine_BC > interclass_filtering_threshold)
+    threshold = math.inf if interclass_filtering_threshold is None else interclass_filtering_threshold
+    excluded_BC = own_BC | (cosine_BC > threshold)
     log_weight_C = cosine_BC.new_zeros(num_classes) if weight_C is None else weight_C.log()
 
     target_B = cosine_BC.gather(1, labels_B[:, None])[:, 0]
-    if state is None:
-        state = margin.initial_state(num_classes)
-    if learned is None:
-        learned = {name: torch.tensor(value) for name, value in margin.initial_learned(num_classes).items()}
+    state = margin.initial_state(num_classes) if state is None else state
+    learned = learned or {name: torch.tensor(value) for name, value in margin.initial_learned(num_classes).items()}
     logsumexp_B = None
     if Need.NEGATIVE_LOGSUMEXP in margin.needs:
         statistic_BC = margin.statistic_scale(state) * cosine_BC.detach() + log_weight_C
         logsumexp_B = statistic_BC.masked_fill(excluded_BC, -math.inf).logsumexp(1)
-    valid_B = torch.ones_like(labels_B, dtype=torch.bool)
     norm_B = embeddings_BD.norm(dim=1)[row_B]
-    row = Row(target_B.detach(), valid_B, step, norm_B, noise_B, logsumexp_B, learned)
+    row = Row(target_B.detach(), labels_B >= 0, step, norm_B, noise_B, logsumexp_B, learned)
     parameters, state = margin.prepare(row, state)
 
-    scale = margin.logit_scale(parameters)
-    own_logit_B = scale * target_similarity(margin, target_B, parameters)
-    scale = scale[:, None] if isinstance(scale, Tensor) else scale
-    logits_BC = (scale * margin.negative(cosine_BC, parameters)).masked_fill(excluded_BC, -math.inf)
-    if margin.aggregate is Aggregate.LOGSUMEXP:
-        logits_BC = (logits_BC + log_weight_C).scatter(1, labels_B[:, None], own_logit_B[:, None])
-        loss_B = F.cross_entropy(logits_BC, labels_B, reduction="none")
-    else:
-        loss_B = margin.row_loss(own_logit_B, (F.softplus(logits_BC, threshold=50) * log_weight_C.exp()).sum(1))
+    scale_B = torch.as_tensor(margin.logit_scale(parameters), dtype=target_B.dtype).expand_as(target_B)
+    own_logit_B = scale_B * target_similarity(margin, target_B, parameters)
+    logits_BC = (scale_B[:, None] * margin.negative(cosine_BC, parameters)).masked_fill(excluded_BC, -math.inf)
+    loss_B = _AGGREGATES[margin.aggregate](margin, logits_BC, log_weight_C, labels_B, own_logit_B)
     regularizer_B = margin.regularizer(row)
     loss_B = loss_B if regularizer_B is None else loss_B + regularizer_B
     return loss_B.sum() / (labels_BP >= 0).any(1).sum(), state
+
+
+def _similarities(embeddings_BD: Tensor, class_centers_CKD: Tensor, margin: Margin) -> Tensor:
+    """[B, C], to the nearest sub-center of each class."""
+    x_BD = F.normalize(embeddings_BD) if margin.normalize_embeddings else embeddings_BD
+    w_CKD = class_centers_CKD.view(len(class_centers_CKD), -1, class_centers_CKD.shape[-1])
+    w_CKD = F.normalize(w_CKD, dim=-1) if margin.normalize_class_centers else w_CKD
+    return torch.einsum("bd,ckd->bck", x_BD, w_CKD).max(2).values
+
+
+def _softmax(margin: Margin, logits_BC: Tensor, log_weight_C: Tensor, labels_B: Tensor, own_B: Tensor) -> Tensor:
+    """[B], cross entropy with the logit of the own class put back into its place."""
+    return F.cross_entropy(
+        (logits_BC + log_weight_C).scatter(1, labels_B[:, None], own_B[:, None]), labels_B, reduction="none"
+    )
+
+
+def _binary(margin: Margin, logits_BC: Tensor, log_weight_C: Tensor, labels_B: Tensor, own_B: Tensor) -> Tensor:
+    """[B], the loss of the margin over the sum of what each class costs."""
+    return margin.row_loss(own_B, (F.softplus(logits_BC, threshold=50) * log_weight_C.exp()).sum(1))
+
+
+_AGGREGATES = {Aggregate.LOGSUMEXP: _softmax, Aggregate.SOFTPLUS_SUM: _binary}

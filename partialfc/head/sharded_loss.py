@@ -62,9 +62,7 @@ def negative_logits(similarity_Vn: Tensor, parameters: Parameters, *, margin: Ma
 
     Per-row numbers that carry a gradient meet different classes on each rank, so their gradient is summed over ranks.
     """
-    shared = {
-        name: copy_to_shards(value, mesh) if value.requires_grad else value for name, value in parameters.items()
-    }
+    shared = {name: copy_to_shards(value, mesh) if value.requires_grad else value for name, value in parameters.items()}
     scale = margin.logit_scale(shared)
     return margin.negative(similarity_Vn, shared) * (scale[:, None] if isinstance(scale, Tensor) else scale)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from partialfc.distributed.collectives import reduce_scatter_equal, sum_over_shards
+from partialfc.head.auxiliary import AuxiliaryTerm
 from partialfc.head.global_batch import GlobalBatch
 from partialfc.head.sampling import ClassesInPlay
 from partialfc.head.sharded_loss import (
@@ -90,9 +91,10 @@ def head_loss(head: PartialFC, batch: GlobalBatch, in_play: ClassesInPlay, leave
         mean, state, statistics = _margin_loss(head, batch, in_play, leaves)
         loss = mean
         for number, term in enumerate(head.auxiliaries):
-            value = term.value(leaves.embeddings_BD, batch)  # type: ignore[operator]
+            assert isinstance(term, AuxiliaryTerm)
+            value = term.value(leaves.embeddings_BD, batch)
             statistics[f"auxiliary_{number}"] = value.detach()
-            loss = loss + head.auxiliary_weights[number] * value
+            loss = loss + term.weight * value
         if len(head.auxiliaries):
             statistics["margin_loss"] = mean.detach()
     return HeadLoss(head.loss_weight * loss, state, statistics)
@@ -184,7 +186,8 @@ def _finish(head: PartialFC, pending: _PendingStep) -> Tensor:
         if head.learned is not None:
             head.learned.update(gradients.learned, learning_rate=rate)
         for term in head.auxiliaries:
-            term.update(batch)  # type: ignore[operator]
+            assert isinstance(term, AuxiliaryTerm)
+            term.update(batch)
         if head.prototypes is not None:
             head.prototypes.update(batch, head.step)
     head.step += 1

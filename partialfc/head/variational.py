@@ -24,7 +24,9 @@ _NEVER = -1
 
 @dataclass(frozen=True)
 class VariationalPrototypes:
-    """Settings: a class center becomes (1 - weight) w + weight q, w and q of unit length, q its last embedding.
+    """Settings: a class center becomes the direction of (1 - weight) w + weight q, q the last embedding of its class.
+
+    Both w and q are of unit length before they are mixed, and the mixture is normalised like any class center.
 
     Attributes:
         weight: lambda of the paper, in [0, 1).

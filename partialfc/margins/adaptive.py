@@ -31,7 +31,7 @@ class MagFace(ScaledMargin):
     CVPR 2021, eq. 2 to 4.
 
     Attributes:
-        tail: as in `ArcFace`; the authors' code has `"easy"` as an option.
+        tail: as in `ArcFace`; the authors' code trains with `"easy"`.
     """
 
     scale: float = 64.0

@@ -163,6 +163,74 @@ def test_two_ranks_train_and_resume_bit_for_bit(tmp_path: Path, data: Path) -> N
     _assert_same(_checkpoint_tensors(run, "step-00000006"), straight)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_state_of_a_loss_survives_a_resume(tmp_path: Path, data: Path, ranks: int) -> None:
+    """A-Softmax: lambda goes on falling from where it was. And beside it all else that a head can remember."""
+    tasks = {
+        "second": {
+            "data_directory": str(data),
+            "global_batch_size": 6,
+            "head": {
+                "margin": {"name": "UniFace", "scale": 16.0},
+                "num_subcenters": 2,
+                "sample_rate": 0.5,
+                "optimizer": {"name": "adamw"},
+            },
+        },
+        "third": {
+            "data_directory": str(data),
+            "global_batch_size": 4,
+            "head": {
+                "margin": {"name": "AdaFace", "scale": 16.0},
+                "variational": {"start_step": 1},
+                "auxiliaries": [{"name": "CenterLoss", "weight": 0.1}, {"name": "TripletLoss"}],
+                "loss_weight": 0.5,
+            },
+        },
+    }
+    config = _config(tmp_path, data, head={"margin": {"name": "SphereFace"}}, tasks=tasks)
+    run = tmp_path / "run"
+    arguments = ("train", str(config), "run.device=cpu")
+
+    def train() -> None:
+        if ranks == 1:
+            assert main([*arguments]) == 0
+        else:
+            finished = _torchrun(ranks, *arguments)
+            assert finished.returncode == 0, finished.stderr
+
+    train()
+    straight, losses = _checkpoint_tensors(run, "step-00000006"), _losses(run)
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+    assert [line["main/iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["third/norm_mean"] != 20.0
+    assert lines[-1]["second/bias"] != lines[0]["second/bias"]
+    for name in (
+        "second.learned.value",
+        "second.learned.updates",
+        "third.prototypes.seen",
+        "main.class_centers.momentum",
+    ):
+        assert f"/head/heads.{name}" in straight
+    assert bool(straight["/head/heads.third.auxiliaries.0.centers.weight"].any())
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    train()
+    assert _losses(run) == losses
+    _assert_same(_checkpoint_tensors(run, "step-00000006"), straight)
+
+
+def test_a_run_does_not_go_on_without_one_of_its_tasks(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {"data_directory": str(data), "global_batch_size": 4, "head": {"margin": {"name": "CosFace"}}}
+    evaluation = {"at_start": False, "enabled": False}
+    config = _config(tmp_path, data, evaluation=evaluation, training={"epochs": 0.1}, tasks={"second": task})
+    assert main(["train", str(config)]) == 0
+    alone = _config(tmp_path, data, evaluation=evaluation, training={"epochs": 0.1})
+    assert main(["train", str(alone)]) == 2
+    assert "was saved with tasks ['main', 'second'], but this run has ['main']" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -180,6 +248,22 @@ def test_two_ranks_train_and_resume_bit_for_bit(tmp_path: Path, data: Path) -> N
         ({"head": {"margin": {"name": "CosFace", "scale": float("inf")}}}, "CosFace.scale is inf"),
         ({"training": {"epochs": float("inf")}}, "training.epochs"),
         ({"training": {"global_batch_size": 1}}, "at least 2 for each of the 1 ranks"),
+        (
+            {"head": {"margin": {"name": "UniFace"}, "sampling_correction": False}},
+            "head: sampling_correction is False, but UniFace depends on the level of the sum",
+        ),
+        (
+            {"head": {"margin": {"name": "Softmax"}, "interclass_filtering_threshold": 0.4}},
+            "head: interclass_filtering_threshold is 0.4, but must be None: Softmax compares no cosines",
+        ),
+        (
+            {
+                "tasks": {
+                    "x": {"data_directory": "/no/x", "global_batch_size": 4, "head": {"margin": {"name": "CosFace"}}}
+                }
+            },
+            "/no/x",
+        ),
     ],
 )
 def test_bad_input_is_one_message(

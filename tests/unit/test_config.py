@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from partialfc.config import CENTER_OPTIMIZERS, Config, dump_config, json_schema, load_config
-from partialfc.head import CenterAdamW, CenterSGD
-from partialfc.margins import MARGINS, ArcFace, CosFace
+from partialfc.head import CenterAdamW, CenterSGD, VariationalPrototypes
+from partialfc.margins import AUXILIARIES, MARGINS, ArcFace, CenterLoss, CosFace, MagFace
 from partialfc.optim import SCHEDULES, Cosine, Polynomial
 
 MINIMAL = """\
@@ -47,7 +47,7 @@ def test_a_minimal_file_and_its_defaults(write):
     config = load_config(write(MINIMAL))
     assert config.run.directory == Path("runs/one")
     assert config.head.margin == ArcFace()
-    assert config.center_optimizer == CenterSGD()
+    assert config.head.center_optimizer == CenterSGD()
     assert config.head.sample_rate == 1.0
     assert config.training.schedule == Polynomial()
     assert config.backbone.name == "iresnet50"
@@ -59,15 +59,37 @@ def test_a_minimal_file_and_its_defaults(write):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_what_is_dumped_loads_to_the_same(write, margin, optimizer, schedule):
     settings = " milestones: [0.5, 0.75]" if schedule == "multistep" else ""
-    text = MINIMAL.replace("{name: ArcFace}", f"{{name: {margin}, scale: 32}}")
+    text = MINIMAL.replace("{name: ArcFace}", f"{{name: {margin}, gradient: detached}}")
     overrides = (f"head.optimizer.name={optimizer}", f"training.schedule={{name: {schedule},{settings}}}")
     config = load_config(write(text), (*overrides, "backbone.options={dropout: 0.1}"))
     again = load_config(write(dump_config(config), "dump.yaml"))
     assert again == config
     assert type(again.head.margin) is MARGINS[margin]
-    assert again.head.margin.scale == 32.0
-    assert type(again.center_optimizer) is CENTER_OPTIMIZERS[optimizer]
+    assert again.head.margin == MARGINS[margin](gradient="detached")
+    assert type(again.head.center_optimizer) is CENTER_OPTIMIZERS[optimizer]
     assert dump_config(again) == dump_config(config)
+
+
+@pytest.mark.parametrize("name", AUXILIARIES)
+def test_head_options_and_tasks_are_dumped_and_loaded(write, name):
+    overrides = (
+        f"head.auxiliaries=[{{name: {name}, weight: 0.25}}, {{name: CenterLoss}}]",
+        "head.variational.max_age=7",
+        "head.sampling_correction=true",
+        "head.num_subcenters=3",
+        "head.interclass_filtering_threshold=0.4",
+        "head.loss_weight=0.5",
+        "tasks.products={data_directory: goods, global_batch_size: 8, head: {margin: {name: CosFace, margin: 0.1}}}",
+        "tasks.products.head.margin={name: MagFace}",
+        "tasks.products.head.sample_rate=0.1",
+    )
+    config = load_config(write(MINIMAL), overrides)
+    assert config.head.auxiliaries == (AUXILIARIES[name](weight=0.25), CenterLoss())
+    assert config.head.variational == VariationalPrototypes(max_age=7)
+    assert config.tasks["products"].head.margin == MagFace()
+    assert config.tasks["products"].head.sample_rate == 0.1
+    again = load_config(write(dump_config(config), "dump.yaml"))
+    assert again == config
 
 
 def test_the_dump_spells_out_every_value(write):
@@ -112,10 +134,10 @@ def test_naming_the_default_is_no_change_of_name(write):
     text = MINIMAL.replace("}}\n", "}, optimizer: {learning_rate: 0.7}}\n", 1)
     path = write(text.replace("global_batch_size: 64", "global_batch_size: 64, schedule: {power: 1}"))
     config = load_config(path, ["head.optimizer.name=sgd", "training.schedule.name=polynomial"])
-    assert config.center_optimizer == CenterSGD(learning_rate=0.7)
+    assert config.head.center_optimizer == CenterSGD(learning_rate=0.7)
     assert config.training.schedule == Polynomial(power=1.0)
     config = load_config(path, ["head.optimizer.name=adamw", "training.schedule.name=cosine"])
-    assert config.center_optimizer == CenterAdamW()
+    assert config.head.center_optimizer == CenterAdamW()
     assert config.training.schedule == Cosine()
 
 
@@ -153,13 +175,14 @@ def test_scientific_notation_is_a_number(write, text, number):
     [
         (
             "head.smaple_rate=0.1",
-            "head.smaple_rate: unknown key; did you mean 'sample_rate'?; allowed are margin, sample_rate, optimizer, "
-            "init_std, num_classes",
+            "head.smaple_rate: unknown key; did you mean 'sample_rate'?; allowed are margin, sample_rate, "
+            "sampling_correction, num_subcenters, interclass_filtering_threshold, variational, auxiliaries, optimizer, "
+            "init_std, num_classes, loss_weight",
         ),
         (
             "bakbone.name=vit_tiny",
             "bakbone: unknown key; did you mean 'backbone'?; allowed are run, data, backbone, head, optimizer, "
-            "training, evaluation, checkpoint",
+            "training, tasks, evaluation, checkpoint",
         ),
         ("head.sample_rate=0", "head.sample_rate: 0 given; must be greater than 0"),
         ("head.sample_rate=1.5", "head.sample_rate: 1.5 given; must be less than or equal to 1"),
@@ -170,18 +193,51 @@ def test_scientific_notation_is_a_number(write, text, number):
         ("optimizer.name=lamb", "optimizer.name: 'lamb' given; must be 'sgd' or 'adamw'"),
         (
             "head.margin.name=ArcFac",
-            "head.margin: {'name': 'ArcFac'} given; name is 'ArcFac', but must be one of Softmax, NormFace, CosFace, "
-            "ArcFace, CombinedMargin; did you mean 'ArcFace'?",
+            "head.margin: {'name': 'ArcFac'} given; name is 'ArcFac', but must be one of Softmax, NormFace, "
+            "SphereFace, FNormSphereFace, CosFace, ArcFace, CombinedMargin, CircleLoss, MagFace, AdaFace, CurricularFace, "
+            "ElasticFace, AdaCos, SphereFace2, UniFace; did you mean 'ArcFace'?",
         ),
         ("head.margin=64", "head.margin: 64 given; must be a mapping with the name of a margin and its settings"),
         (
             "head.margin.margn=0.4",
             "head.margin: {'name': 'ArcFace', 'margn': 0.4} given; ArcFace has no setting 'margn'; did you mean "
-            "'margin'?; it has scale, gradient, margin, tail",
+            "'margin'?; it has gradient, scale, margin, tail",
         ),
         (
             "head.margin.scale=big",
             "head.margin.scale: 'big' given; must be a valid number, unable to parse string as a number",
+        ),
+        (
+            "head.variational.wieght=0.2",
+            "head.variational.wieght: unknown key; did you mean 'weight'?; allowed are weight, max_age, start_step",
+        ),
+        (
+            "head.variational.weight=1",
+            "head.variational: {'weight': 1} given; VariationalPrototypes.weight is 1.0, but must be in [0, 1)",
+        ),
+        (
+            "head.auxiliaries=[{name: CenterLos}]",
+            "head.auxiliaries.0: {'name': 'CenterLos'} given; name is 'CenterLos', but must be one of CenterLoss, "
+            "ContrastiveLoss, TripletLoss; did you mean 'CenterLoss'?",
+        ),
+        (
+            "head.auxiliaries=[{name: TripletLoss, weight: 0}]",
+            "head.auxiliaries.0: {'weight': 0} given; TripletLoss.weight is 0.0, but must be a positive number",
+        ),
+        ("head.num_subcenters=0", "head.num_subcenters: 0 given; must be greater than or equal to 1"),
+        (
+            "head.margin={name: SphereFace, margin: 2.5}",
+            "head.margin.margin: 2.5 given; must be a valid integer, got a number with a fractional part",
+        ),
+        (
+            "tasks.main={data_directory: x, global_batch_size: 1, head: {margin: {name: CosFace}}}",
+            "tasks.main.[key]: 'main' given; the name of a task must be letters, digits, _ and -, begin with a letter, "
+            "and not be main, which is that of the sections data and head",
+        ),
+        (
+            "tasks.products={data_directory: x, global_batch_size: 1, global_batch: 2, head: {margin: {name: AdaCos}}}",
+            "tasks.products.global_batch: unknown key; did you mean 'global_batch_size'?; allowed are data_directory, "
+            "head, global_batch_size",
         ),
         ("head.margin.tail=flat", "head.margin.tail: 'flat' given; must be 'linear', 'none' or 'easy'"),
         (
@@ -294,6 +350,8 @@ def test_the_schema_is_json_and_lists_every_choice():
     }
     assert margins["ArcFace"]["properties"]["tail"]["enum"] == ["linear", "none", "easy"]
     assert margins["ArcFace"]["required"] == ["name"]
+    terms = sections["HeadConfig"]["properties"]["auxiliaries"]["items"]["anyOf"]
+    assert {entry["properties"]["name"]["const"] for entry in terms} == set(AUXILIARIES)
 
 
 def test_a_key_that_comes_twice_is_an_error(tmp_path):

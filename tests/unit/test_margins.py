@@ -1,4 +1,7 @@
-"""Margins against the formulas of their papers, written out in angles."""
+"""Margins that are the same for every row, against the formulas of their papers, written out in angles.
+
+The others have files of their own, and `test_margins_all.py` has what holds for every margin.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,14 @@ import partialfc.margins
 from partialfc.margins import (
     MARGINS,
     ArcFace,
+    CircleLoss,
     CombinedMargin,
     CosFace,
     Margin,
     Need,
     NormFace,
     Row,
+    ScaledMargin,
     Softmax,
     target_similarity,
 )
@@ -189,6 +194,9 @@ def test_arcface_and_cosface_are_cases_of_the_combined_margin():
         (lambda: CombinedMargin(m1=0.0), "CombinedMargin.m1 is 0.0, but must be a positive number"),
         (lambda: CombinedMargin(m2=4.0), "CombinedMargin.m2 is 4.0, but must be in [0, pi), in radians"),
         (lambda: CombinedMargin(tail=""), "CombinedMargin.tail is '', but must be one of ('linear', 'none', 'easy')"),
+        (lambda: CircleLoss(margin=1.0), "CircleLoss.margin is 1.0, but must be in (-1, 1)"),
+        (lambda: CircleLoss(margin=-1.0), "CircleLoss.margin is -1.0, but must be in (-1, 1)"),
+        (lambda: NormFace(scale=-1.0, learned=True), "NormFace.scale is -1.0, but must be a positive number"),
     ],
 )
 def test_bad_settings_are_named(build, message):
@@ -203,19 +211,86 @@ def test_the_table_has_every_margin():
         for name in partialfc.margins.__all__
         if isinstance(entry := getattr(partialfc.margins, name), type) and issubclass(entry, Margin)
     }
-    del exported["Margin"]
+    assert exported.pop("Margin") is Margin
+    assert exported.pop("ScaledMargin") is ScaledMargin
     assert exported == MARGINS
 
 
 def test_only_normalised_plain_negatives_have_a_bound():
     assert Softmax().logit_bound is None
     assert ArcFace(scale=64.0).logit_bound == 64.0
+    assert NormFace(scale=30.0).logit_bound == 30.0
+    # Its weights bring a negative to 240, and a trained scale may grow to anything.
+    assert CircleLoss().logit_bound is None
+    assert NormFace(scale=30.0, learned=True).logit_bound is None
 
 
 def test_the_margins_here_need_nothing_and_keep_nothing():
     row = Row(torch.zeros(2), torch.ones(2, dtype=torch.bool), step=0)
-    for margin in ALL_MARGINS:
+    for margin in [*ALL_MARGINS, CircleLoss()]:
         assert margin.needs == frozenset[Need]()
-        assert margin.prepare(row, margin.initial_state()) == ({}, {})
-        assert margin.logit_scale(row) == margin.scale
+        assert margin.initial_state(10) == {}
+        assert margin.initial_learned(10) == {}
+        parameters, state = margin.prepare(row, margin.initial_state(10))
+        assert parameters == {}
+        assert state == {}
+        assert margin.logit_scale(parameters) == margin.scale
         assert margin.regularizer(row) is None
+
+
+def test_softmax_alone_has_a_class_bias_and_compares_no_cosines():
+    assert Softmax().has_class_bias
+    assert not Softmax(bias=False).has_class_bias
+    assert not Softmax().compares_cosines
+    for margin in [*ALL_MARGINS[1:], CircleLoss()]:
+        assert margin.compares_cosines
+        assert not margin.has_class_bias
+
+
+@pytest.mark.parametrize("m", [-0.3, 0.0, 0.25, 0.6])
+def test_circle_loss_is_the_formula_of_the_paper(m):
+    # The two brackets reach 0 at cos = 1 + m and cos = -m.
+    def own(theta: float) -> float:
+        return max(1 + m - math.cos(theta), 0.0) * (math.cos(theta) - (1 - m))
+
+    def other(theta: float) -> float:
+        return max(math.cos(theta) + m, 0.0) * (math.cos(theta) - m)
+
+    margin = CircleLoss(margin=m)
+    torch.testing.assert_close(value(margin, THETA.cos()), by_hand(own), rtol=0, atol=1e-14)
+    torch.testing.assert_close(margin.negative(THETA.cos()[None], {})[0], by_hand(other), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("m", [-0.3, 0.0, 0.25, 0.6])
+def test_slopes_of_circle_loss_are_the_weights_of_the_paper(m):
+    # alpha_p = [O_p - s_p]_+ with O_p = 1 + m, and alpha_n = [s_n - O_n]_+ with O_n = -m (eq. 5), both constants, so
+    # that the slope is not the derivative of the value.
+    margin = CircleLoss(margin=m)
+    own = by_hand(lambda theta: max(1 + m - math.cos(theta), 0.0))
+    torch.testing.assert_close(slope(margin, THETA.cos()), own, rtol=0, atol=1e-14)
+    cosine = THETA.cos()[None].requires_grad_()
+    (slopes,) = torch.autograd.grad(margin.negative(cosine, {}).sum(), cosine)
+    other = by_hand(lambda theta: max(math.cos(theta) + m, 0.0))
+    torch.testing.assert_close(slopes[0], other, rtol=0, atol=1e-14)
+
+
+def test_circle_loss_of_the_paper_at_a_quarter():
+    # Decision boundary (s_n)^2 + (s_p - 1)^2 = 2 m^2: at s_p = 0.75, s_n = 0.25 both logits are 0.
+    margin = CircleLoss(margin=0.25)
+    assert float(value(margin, torch.tensor([0.75]))) == 0.0
+    assert float(margin.negative(torch.tensor([[0.25]]), {})) == 0.0
+    assert 256 * float(value(margin, torch.tensor([-1.0]))) == -1008.0
+    assert 256 * float(margin.negative(torch.tensor([[1.0]]), {})) == 240.0
+
+
+def test_normface_learns_its_scale():
+    margin = NormFace(scale=30.0, learned=True)
+    assert margin.initial_learned(10) == {"scale": 30.0}
+    scale = torch.tensor(25.0, dtype=torch.float64, requires_grad=True)
+    cosine = torch.tensor([0.5, -0.25, 0.75], dtype=torch.float64)
+    row = Row(cosine, torch.ones(3, dtype=torch.bool), step=0, learned={"scale": scale})
+    parameters, state = margin.prepare(row, margin.initial_state(10))
+    assert state == {}
+    logits = margin.logit_scale(parameters) * value(margin, cosine)
+    torch.testing.assert_close(logits, torch.tensor([12.5, -6.25, 18.75], dtype=torch.float64), rtol=1e-15, atol=0)
+    assert float(torch.autograd.grad(logits.sum(), scale)[0]) == 1.0  # the sum of the cosines

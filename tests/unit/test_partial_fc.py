@@ -156,7 +156,7 @@ def test_the_margin_state_does_not_hold_on_to_the_graph():
     class NormAverage(CosFace):
         needs = frozenset({Need.EMBEDDING_NORM})
 
-        def initial_state(self):
+        def initial_state(self, num_classes):
             return {"norm": torch.tensor(0.0, dtype=torch.float64)}
 
         def prepare(self, row, state):
@@ -249,7 +249,7 @@ def test_a_state_of_another_shape_is_refused_with_both_shapes():
     with pytest.raises(RuntimeError) as error:
         build_head(50).load_state_dict(build_head(130).state_dict())
     expected = (
-        "class_centers.weight has shape (65, 2, 8) in the checkpoint, but (50, 1, 8) here "
+        "class_centers.weight has shape (65, 2, 1, 8) in the checkpoint, but (50, 1, 1, 8) here "
         "([blocks, classes per block, ...] for 50 classes)"
     )
     assert expected in str(error.value)

@@ -45,7 +45,7 @@ def test_recipe_builds(path: Path) -> None:
         embedding_dim=config.backbone.embedding_dim,
         margin=config.head.margin,
         sample_rate=config.head.sample_rate,
-        optimizer=config.center_optimizer,
+        optimizer=config.head.center_optimizer,
     )
     loss = head(torch.randn(4, config.backbone.embedding_dim, requires_grad=True), torch.arange(4))
     loss.backward()
@@ -58,7 +58,7 @@ def test_there_is_a_recipe_for_each_published_set() -> None:
 
 
 def _published(config: Config) -> tuple[float, float, float, int, float, float]:
-    assert config.center_optimizer.learning_rate == config.optimizer.learning_rate
+    assert config.head.center_optimizer.learning_rate == config.optimizer.learning_rate
     return (
         config.optimizer.learning_rate,
         config.optimizer.weight_decay,

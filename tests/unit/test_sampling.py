@@ -35,8 +35,8 @@ def labels_for(num_classes: int, count: int) -> Tensor:
 
 def assert_whole(in_play: ClassesInPlay, owned: list[int], slots: list[int]) -> None:
     assert in_play.rows is None
-    assert in_play.owned_B.tolist() == [bool(one) for one in owned]
-    assert in_play.slot_B.tolist() == slots
+    assert in_play.owned_V.tolist() == [bool(one) for one in owned]
+    assert in_play.slot_V.tolist() == slots
 
 
 class LargestTensor(TorchDispatchMode):
@@ -108,10 +108,10 @@ def test_positives_are_in_play_and_slots_point_at_them(num_classes, sample_rate,
         for rank in range(world_size):
             partition = ClassPartition(num_classes, rank, world_size)
             in_play = sampler.in_play(labels, partition, step)
-            own = in_play.owned_B
+            own = in_play.owned_V
             owners += own
-            assert torch.equal(in_play.rows[in_play.slot_B[own]] + partition.class_start, labels[own])
-            assert bool((in_play.slot_B[~own] == 0).all())
+            assert torch.equal(in_play.rows[in_play.slot_V[own]] + partition.class_start, labels[own])
+            assert bool((in_play.slot_V[~own] == 0).all())
             draw(sampler, partition, step, labels)
         assert torch.equal(owners, (labels >= 0).long())
 

@@ -1,0 +1,247 @@
+"""The parts of a run, put together from the configuration, and what of them a checkpoint holds.
+
+A run has one backbone and one or more tasks. A task is a data set with a head of its own; the first, "main", is that of
+the sections `data` and `head`, and the others are those of `tasks`. Each takes its share of every batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from partialfc.backbones import build_backbone
+from partialfc.checkpoint import CheckpointStore
+from partialfc.config import Config, HeadConfig
+from partialfc.data import SamplePlan, ShardIndex, TorchLoader
+from partialfc.distributed.mesh import ShardMesh
+from partialfc.engine import BackboneEngine, DDPEngine
+from partialfc.evaluate import autocast_dtype, open_verification
+from partialfc.head import HeadGroup, PartialFC
+from partialfc.keyed import hash64
+from partialfc.optim import build_optimizer
+
+__all__ = ["Run", "Task", "assemble", "checkpoint_facts", "checkpoint_state", "resume", "task_loader"]
+
+logger = logging.getLogger(__name__)
+
+_TASK_STREAM = 5  # keeps these hashes apart from those of other parts that use the same seed
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set and its head.
+
+    Attributes:
+        index: of its training split.
+        head: its settings.
+        global_batch_size: its images of a step over all ranks.
+        seed: of its head and of the order of its data.
+    """
+
+    index: ShardIndex
+    head: HeadConfig
+    global_batch_size: int
+    seed: int
+
+
+@dataclass
+class Run:
+    """The parts of a run.
+
+    Attributes:
+        tasks: by name, "main" first, in the order of the heads.
+        total_steps: of the whole run.
+        step: steps done.
+    """
+
+    config: Config
+    mesh: ShardMesh
+    device: torch.device
+    tasks: dict[str, Task]
+    verification_index: ShardIndex | None
+    engine: BackboneEngine
+    heads: HeadGroup
+    store: CheckpointStore
+    total_steps: int
+    step: int = 0
+
+    @property
+    def directory(self) -> Path:
+        """Where the run lives."""
+        return self.config.run.directory
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this rank is the one that writes."""
+        return self.mesh.rank == 0
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images of a step over all ranks and tasks."""
+        return sum(task.global_batch_size for task in self.tasks.values())
+
+
+def assemble(config: Config, mesh: ShardMesh, device: torch.device) -> Run:
+    """Opens the data and builds backbone, heads and the rest; nothing is written.
+
+    Raises:
+        ValueError, OSError: if the configuration or the data cannot be used.
+    """
+    tasks = _open_tasks(config)
+    verification_index = open_verification(config) if config.evaluation.enabled else None
+    if config.training.global_batch_size < 2 * mesh.size:
+        raise ValueError(
+            f"training.global_batch_size is {config.training.global_batch_size}, but must be at least 2 for each of "
+            f"the {mesh.size} ranks: batch norm needs two images"
+        )
+    torch.manual_seed(config.run.seed)
+    backbone = build_backbone(
+        config.backbone.name,
+        embedding_dim=config.backbone.embedding_dim,
+        image_size=config.data.image_size,
+        **config.backbone.options,
+    ).to(device)
+    heads = HeadGroup({name: _build_head(name, task, config, mesh, device) for name, task in tasks.items()})
+    main = tasks["main"]
+    total_steps = math.ceil(config.training.epochs * main.index.num_samples / main.global_batch_size)
+    store = CheckpointStore(config.run.directory / "checkpoints", mesh=mesh, keep_last=config.checkpoint.keep_last)
+    engine = _build_engine(config, backbone, mesh)
+    return Run(config, mesh, device, tasks, verification_index, engine, heads, store, total_steps)
+
+
+def _open_tasks(config: Config) -> dict[str, Task]:
+    seed = config.run.seed
+    main = ShardIndex.open(config.data.directory / "train")
+    tasks = {"main": Task(main, config.head, config.training.global_batch_size, seed)}
+    for number, (name, task) in enumerate(config.tasks.items(), start=1):
+        index = ShardIndex.open(task.data_directory / "train")
+        tasks[name] = Task(index, task.head, task.global_batch_size, hash64(seed, _TASK_STREAM, number))
+    return tasks
+
+
+def _build_head(name: str, task: Task, config: Config, mesh: ShardMesh, device: torch.device) -> PartialFC:
+    settings, path = task.head, "head" if name == "main" else f"tasks.{name}.head"
+    try:
+        return PartialFC(
+            _num_classes(task, path),
+            config.backbone.embedding_dim,
+            margin=settings.margin,
+            sample_rate=settings.sample_rate,
+            sampling_correction=settings.sampling_correction,
+            num_subcenters=settings.num_subcenters,
+            interclass_filtering_threshold=settings.interclass_filtering_threshold,
+            variational=settings.variational,
+            auxiliaries=settings.auxiliaries,
+            loss_weight=settings.loss_weight,
+            optimizer=settings.center_optimizer,
+            init_std=settings.init_std,
+            device=device,
+            seed=task.seed,
+            process_group=mesh.group,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _num_classes(task: Task, path: str) -> int:
+    given, index = task.head.num_classes, task.index
+    if given is not None and given < index.num_classes:
+        raise ValueError(
+            f"{path}.num_classes is {given}, but {index.directory} has labels up to "
+            f"{index.num_classes - 1}; set it to at least {index.num_classes}, or to null to take it from the data"
+        )
+    return index.num_classes if given is None else given
+
+
+def _build_engine(config: Config, backbone: nn.Module, mesh: ShardMesh) -> BackboneEngine:
+    settings = config.optimizer
+    optimizer = build_optimizer(
+        backbone,
+        name=settings.name,
+        learning_rate=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        betas=settings.betas,
+        decay_norms=settings.decay_norms,
+    )
+    return DDPEngine(
+        backbone,
+        optimizer,
+        mesh=mesh,
+        autocast_dtype=autocast_dtype(config),
+        max_gradient_norm=settings.max_gradient_norm,
+    )
+
+
+def checkpoint_facts(run: Run) -> dict[str, Any]:
+    """What must be the same when a run goes on: with another value the checkpoint means something else."""
+    facts: dict[str, Any] = {"seed": run.config.run.seed, "tasks": list(run.tasks)}
+    for name, task in run.tasks.items():
+        prefix = "" if name == "main" else f"{name}/"
+        facts |= {
+            f"{prefix}global_batch_size": task.global_batch_size,
+            f"{prefix}num_classes": run.heads[name].partition.num_classes,
+            f"{prefix}data_fingerprint": task.index.fingerprint,
+        }
+    return facts
+
+
+def checkpoint_state(run: Run) -> dict[str, Any]:
+    """Everything that changes in a run. Collective."""
+    return {**run.engine.state_dict(), "head": run.heads.state_dict(), "progress": {"step": run.step}}
+
+
+def resume(run: Run) -> None:
+    """Goes on from the newest good checkpoint, if there is one. Collective.
+
+    Raises:
+        ValueError: if the checkpoint is that of another run, or past the end of this one.
+        CheckpointError: if there are checkpoints, but none that can be loaded.
+    """
+    path = run.store.latest()
+    if path is None:
+        return
+    metadata = run.store.metadata(path)
+    for name, value in checkpoint_facts(run).items():
+        if metadata.get(name) != value:
+            raise ValueError(
+                f"{path} was saved with {name} {metadata.get(name)!r}, but this run has {value!r}; "
+                "give the run the old value, or another run.directory"
+            )
+    state = checkpoint_state(run)
+    run.store.load(path, state)
+    step = int(state["progress"]["step"])
+    if step > run.total_steps:
+        raise ValueError(
+            f"{path} is at step {step}, but training.epochs={run.config.training.epochs:g} ends at step "
+            f"{run.total_steps}; train for longer, or choose another run.directory"
+        )
+    run.engine.load_state_dict(state)
+    run.heads.load_state_dict(state["head"])
+    run.step = step
+    if run.is_first_rank:
+        logger.info("going on from %s, step %d of %d", path, run.step, run.total_steps)
+
+
+def task_loader(run: Run, task: Task) -> TorchLoader:
+    """The batches of one task from the present step on."""
+    config = run.config
+    return TorchLoader(
+        index=task.index,
+        plan=SamplePlan(task.index.shard_sizes, seed=task.seed),
+        global_batch=task.global_batch_size,
+        rank=run.mesh.rank,
+        world_size=run.mesh.size,
+        consumed=run.step * task.global_batch_size,
+        num_batches=run.total_steps - run.step,
+        image_size=config.data.image_size,
+        horizontal_flip=config.data.horizontal_flip,
+        num_workers=config.data.num_workers,
+        seed=task.seed,
+    )

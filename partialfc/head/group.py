@@ -1,0 +1,64 @@
+"""Several heads on one backbone: each has its own identities, margin, data and weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from partialfc.head.partial_fc import PartialFC
+
+__all__ = ["HeadGroup"]
+
+
+class HeadGroup(nn.Module):
+    """Named heads, of which each takes some of the rows of a batch.
+
+    The loss is the sum over heads of the mean loss of each one's valid rows over the global batch, times its
+    `loss_weight`. Calling the group is collective, as is calling a head.
+
+    Args:
+        heads: by name; their order is that of the rows.
+
+    Raises:
+        ValueError: if there is none.
+    """
+
+    def __init__(self, heads: Mapping[str, PartialFC]) -> None:
+        super().__init__()
+        if not heads:
+            raise ValueError("a group of heads needs at least one head")
+        self.heads = nn.ModuleDict(heads)
+
+    def __getitem__(self, name: str) -> PartialFC:
+        """The head of that name."""
+        head = self.heads[name]
+        assert isinstance(head, PartialFC)
+        return head
+
+    def forward(self, embeddings: Tensor, labels: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of the losses, a scalar, equal on all ranks.
+
+        Args:
+            embeddings: [b, D], the rows of the first head, then those of the second, and so on.
+            labels: the labels of each head's rows, by name, as `PartialFC.forward` takes them; of any number, even 0.
+
+        Raises:
+            ValueError: if the names are not those of the heads, or the rows do not add up.
+        """
+        if labels.keys() != self.heads.keys():
+            raise ValueError(f"labels are for the heads {list(labels)}, but must be for {list(self.heads)}")
+        sizes = [len(labels[name]) for name in self.heads]
+        if sum(sizes) != len(embeddings):
+            raise ValueError(
+                f"there are {len(embeddings)} embeddings, but labels of {' + '.join(map(str, sizes))} rows for the "
+                f"heads {', '.join(self.heads)}"
+            )
+        parts = embeddings.split(sizes)
+        losses = [self[name](part, labels[name]) for name, part in zip(self.heads, parts, strict=True)]
+        return torch.stack(losses).sum()
+
+    def diagnostics(self) -> dict[str, float]:
+        """What each head has to show, as name/number; see `PartialFC.diagnostics`."""
+        return {f"{name}/{key}": value for name in self.heads for key, value in self[name].diagnostics().items()}

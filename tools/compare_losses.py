@@ -10,10 +10,8 @@ command makes the runs that the file lacks, and refuses if their settings are no
 Backbone, data, learning rates and schedule are the same for all, and no loss is tuned. Settings are those of the papers
 except for the ones that `ENTRIES` spells out, which the table repeats:
 
-- a scale of 64 is meant for 100,000 identities and more; here are 1,000, and it is 24 wherever a softmax over cosines
-  has a fixed scale, as in configs/quickstart.yaml;
-- SphereFace anneals its margin ten times faster, for a run has hundreds of steps where the paper had tens of thousands;
-- FNormSphereFace has the settings that its authors train with, and variational prototypes start early.
+- a scale of 64 is meant for 100,000 identities and more; here, with 1,000, 64 is 24 as in configs/quickstart.yaml;
+- variational prototypes start early, for a run has hundreds of steps.
 
 The embedding has 512 elements, as in the papers: its batch norm gives it a norm near sqrt(512) = 23, which is what the
 norms in the settings of MagFace and AdaFace are made for.
@@ -30,10 +28,12 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -48,18 +48,19 @@ from partialfc.train import DivergedError, train
 
 FAR = 1e-3
 UNTRAINED = "(untrained)"
+DATA_FIELDS = ("identities", "images_per_identity", "image_size", "verification_identities")
 
 _COSFACE: dict[str, Any] = {"name": "CosFace", "scale": 24.0}
 _ARCFACE: dict[str, Any] = {"name": "ArcFace", "scale": 24.0}
-_PUBLISHED_FNORM = {"margin": 1.7, "lambda_start": 0.0, "lambda_min": 0.0, "gradient": "detached"}
+_FNORM = {"margin": 1.7, "lambda_start": 0.0, "lambda_min": 0.0, "gradient": "detached"}
 
 ENTRIES: dict[str, dict[str, Any]] = {
     UNTRAINED: {"margin": _COSFACE},
     "Softmax": {"margin": {"name": "Softmax"}},
     "NormFace": {"margin": {"name": "NormFace", "scale": 24.0}},
     "NormFace, learned scale": {"margin": {"name": "NormFace", "scale": 24.0, "learned": True}},
-    "SphereFace": {"margin": {"name": "SphereFace", "lambda_rate": 1.2}},
-    "FNormSphereFace": {"margin": {"name": "FNormSphereFace", "scale": 24.0, **_PUBLISHED_FNORM}},
+    "SphereFace": {"margin": {"name": "SphereFace"}},
+    "FNormSphereFace": {"margin": {"name": "FNormSphereFace", "scale": 24.0, **_FNORM}},
     "CosFace": {"margin": _COSFACE},
     "CosFace + CenterLoss": {"margin": _COSFACE, "auxiliaries": [{"name": "CenterLoss", "weight": 0.003}]},
     "ArcFace": {"margin": _ARCFACE},
@@ -74,7 +75,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "ElasticFace+": {"margin": {"name": "ElasticFace", "scale": 24.0, "sort": True}},
     "AdaCos": {"margin": {"name": "AdaCos"}},
     "SphereFace2": {"margin": {"name": "SphereFace2"}},
-    "UniFace": {"margin": {"name": "UniFace"}},
+    "UniFace": {"margin": {"name": "UniFace", "scale": 24.0}},
 }
 """The `head` section of each row of the table."""
 
@@ -86,7 +87,7 @@ class Budget:
     identities: int = 1000
     images_per_identity: int = 20
     verification_identities: int = 200
-    images: int = 40_000
+    images: int = 32_000
     image_size: int = 32
     width: int = 8
     embedding_dim: int = 512
@@ -113,12 +114,9 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Run):
     """A line of the file. Figures are None if the run has diverged; the loss is also None if nothing was trained."""
 
-    entry: str
-    seed: int
-    sample_rate: float
     accuracy: float | None
     tar: float | None
     loss: float | None
@@ -134,11 +132,7 @@ class Result:
 
 
 def build_config(run: Run, budget: Budget, *, data: Path, directory: Path) -> Config:
-    """The configuration of a run.
-
-    Raises:
-        ValueError: if a setting is not allowed.
-    """
+    """The configuration of a run. Raises ValueError if a setting is not allowed."""
     untrained = run.entry == UNTRAINED  # one step must be made, but the figures are those before it
     num_images = budget.identities * budget.images_per_identity
     optimizer = {"name": "sgd", "learning_rate": budget.learning_rate}
@@ -155,7 +149,6 @@ def build_config(run: Run, budget: Budget, *, data: Path, directory: Path) -> Co
             "schedule": {"name": "polynomial", "power": 1.0},
         },
         "evaluation": {"at_start": untrained, "num_pairs": budget.num_pairs, "far": FAR},
-        "checkpoint": {"every_steps": None},
     }
     return Config.model_validate(values)
 
@@ -168,9 +161,9 @@ def describe(entry: str) -> str:
 def settings_hash(run: Run, budget: Budget) -> str:
     """The same for runs that are the same but for the seed."""
     config = build_config(run, budget, data=Path("data"), directory=Path("run"))
-    values = config.model_dump(mode="json", exclude={"run"})
-    text = json.dumps([values, dataclasses.asdict(budget)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    # Keys that a later version adds change nothing; settings of the loss count even if not given.
+    values = config.model_dump(mode="json", exclude={"run"}, exclude_unset=True)
+    return hashlib.sha256(json.dumps([values, vars(budget)], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def perform(run: Run, budget: Budget, data: Path, log: Path) -> Result:
@@ -188,28 +181,22 @@ def perform(run: Run, budget: Budget, data: Path, log: Path) -> Result:
             accuracy, tar = found.accuracy, found.tar_at_far[FAR]
             if run.entry != UNTRAINED:
                 loss = [line["loss"] for line in read_metrics(Path(folder) / METRICS_FILE) if "loss" in line][-1]
-    seconds = time.perf_counter() - started
-    shared = (describe(run.entry), settings_hash(run, budget), budget)
-    return Result(run.entry, run.seed, run.sample_rate, accuracy, tar, loss, seconds, *shared)
+    figures = (accuracy, tar, loss, time.perf_counter() - started)
+    settings = (describe(run.entry), settings_hash(run, budget), budget)
+    return Result(run.entry, run.seed, run.sample_rate, *figures, *settings)
 
 
-def write_result(result: Result, path: Path) -> None:
-    """Adds a line to the file."""
-    with path.open("a") as stream:
-        stream.write(json.dumps(dataclasses.asdict(result)) + "\n")
+def read_results(path: Path, *, repair: bool = False) -> list[Result]:
+    """The lines of a file but one that is not finished; `repair` cuts that off, so that others may follow.
 
-
-def read_results(path: Path) -> list[Result]:
-    """The lines of a file; one that was not finished, because the command was killed, is cut off.
-
-    Raises:
-        ValueError: if another line is none of this command's, or a run comes twice.
+    Raises ValueError if another line is none of this command's, or a run comes twice.
     """
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
-        print(f"{path}: the last line was not finished and is removed", file=sys.stderr)
-        os.truncate(path, len(whole))
+        print(f"{path}: the last line is not finished and is left out", file=sys.stderr)
+        if repair:
+            os.truncate(path, len(whole))
     results: dict[Run, Result] = {}
     for number, line in enumerate(whole.decode().splitlines(), start=1):
         try:
@@ -226,15 +213,14 @@ def read_results(path: Path) -> list[Result]:
 def missing_runs(wanted: Sequence[Run], done: Iterable[Result], budget: Budget, path: Path) -> list[Run]:
     """The runs that are not done yet.
 
-    Raises:
-        ValueError: if a result in the file is of another budget, or is wanted with other settings.
+    Raises ValueError if a result in the file is of another budget, or is wanted with other settings.
     """
     found = {result.run: result for result in done}
     for run, result in found.items():
         before, now = vars(result.budget), vars(budget)
         changes = [f"{name} {before[name]}, now {now[name]}" for name in before if before[name] != now[name]]
         if not changes and run in wanted and result.settings_hash != settings_hash(run, budget):
-            changes = [f"{result.settings}, now {describe(run.entry)}"]
+            changes = [f"{result.settings}, now {describe(run.entry)}, or other defaults of partialfc"]
         if changes:
             raise ValueError(
                 f"{path} has {run}, made with other settings ({'; '.join(changes)}; hash {result.settings_hash}); "
@@ -246,8 +232,7 @@ def missing_runs(wanted: Sequence[Run], done: Iterable[Result], budget: Budget, 
 def format_table(results: Sequence[Result]) -> str:
     """Markdown: accuracy and TAR of each entry and sample rate, mean and sample standard deviation over seeds.
 
-    Raises:
-        ValueError: if there are no results, or they are of different budgets.
+    Raises ValueError if there are no results, or they are of different budgets.
     """
     budgets = {result.budget for result in results}
     if len(budgets) != 1:
@@ -263,9 +248,9 @@ def format_table(results: Sequence[Result]) -> str:
             figures = [text for cell in cells for text in (_spread(cell, "accuracy"), _spread(cell, "tar"))]
             rows.append([name, *figures, f"`{own[0].settings}`"])
     facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in dataclasses.asdict(*budgets).items())
-    seeds = sorted({result.seed for result in results})
-    about = f"Mean +- standard deviation over seeds {', '.join(map(str, seeds))}. Budget: {facts}."
-    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", about])
+    seeds = ", ".join(map(str, sorted({result.seed for result in results})))
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", f"Mean +- standard deviation over seeds {seeds}. Budget: {facts}."])
 
 
 def _spread(results: Sequence[Result], name: str) -> str:
@@ -285,20 +270,27 @@ def perform_all(runs: Sequence[Run], budget: Budget, *, data: Path, out: Path, p
     try:
         for count, future in enumerate(as_completed(pending), start=1):
             result = future.result()
-            write_result(result, out)
+            with out.open("a") as stream:
+                stream.write(json.dumps(dataclasses.asdict(result)) + "\n")
             found = "diverged" if result.accuracy is None else f"accuracy {result.accuracy:.4f}, TAR {result.tar:.4f}"
             left = (time.monotonic() - started) / count * (len(runs) - count) / 60
-            line = f"{count}/{len(runs)} {result.run}: {found}, {result.seconds:.0f} s; {left:.1f} minutes left"
-            print(line, file=sys.stderr, flush=True)
-    finally:  # of an error or an interruption: what has not begun shall not
-        for future in pending:
-            future.cancel()
+            found += f", {result.seconds:.0f} s; {left:.1f} minutes left"
+            print(f"{count}/{len(runs)} {result}: {found}", file=sys.stderr, flush=True)
+    finally:  # After an error or an interruption, what has not begun shall not.
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # A worker whose command was killed would go on for hours and tell nobody.
+    threading.Thread(target=lambda: os._exit(len(wait([parent.sentinel]))), daemon=True).start()
 
 
 def prepare_data(budget: Budget, folder: Path) -> Path:
     """The data set of the budget under `folder`, made if it is not there."""
-    names = ("identities", "images_per_identity", "image_size", "verification_identities")
-    sizes = {name: getattr(budget, name) for name in names}
+    sizes = {name: getattr(budget, name) for name in DATA_FIELDS}
     data = folder / "-".join(map(str, sizes.values()))
     if not data.is_dir():
         print(f"making {data}", file=sys.stderr, flush=True)
@@ -323,8 +315,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.workers < 1:
         parser.error(f"--workers is {options.workers}, but must be at least 1")
     # A seed after the other, so that there soon is a table of one.
-    rows = [Run(entry, seed, rate) for seed in options.seeds for entry in options.only for rate in options.rates]
-    options.runs = list(dict.fromkeys(rows))
+    seeds, rates = dict.fromkeys(options.seeds), dict.fromkeys(options.rates)
+    options.runs = [Run(entry, seed, rate) for seed in seeds for entry in dict.fromkeys(options.only) for rate in rates]
     try:
         options.budget = Budget(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Budget)})
         for run in options.runs:
@@ -341,14 +333,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.out is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            done = read_results(path) if path.is_file() else []
+            done = read_results(path, repair=True) if path.is_file() else []
             runs = missing_runs(options.runs, done, options.budget, path)
             print(f"{len(options.runs) - len(runs)} of {len(options.runs)} runs are done", file=sys.stderr)
             if runs:
                 data = prepare_data(options.budget, options.data)
-                start: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
-                spawn = multiprocessing.get_context("spawn")
-                with ProcessPoolExecutor(options.workers, mp_context=spawn, **start) as pool:
+                with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
                     perform_all(runs, options.budget, data=data, out=path, pool=pool)
         print(format_table(read_results(path)))
     except (ValueError, OSError) as error:

@@ -272,9 +272,10 @@ class AdaCos(Margin):
         """The `scale` of this step, the same for each row."""
         assert row.negative_logsumexp is not None
         scale = state["scale"]
-        if self.dynamic:
+        if self.dynamic and len(row.valid):
             count = row.valid.sum()
-            mean_of_sums = torch.where(row.valid, row.negative_logsumexp, -math.inf).logsumexp(0) - count.log()
+            sums = torch.where(row.valid, row.negative_logsumexp, -math.inf)
+            mean_of_sums = sums.logsumexp(0) - count.to(sums.dtype).log()
             theta = torch.where(row.valid, angle(row.target_cosine), math.inf).sort().values
             median = theta[((count - 1) // 2).clamp(min=0)]
             estimate = (mean_of_sums / torch.cos(median.clamp(max=math.pi / 4))).to(scale.dtype)

@@ -15,6 +15,7 @@ Shapes: B rows of the global batch, n class centers on this rank.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
@@ -108,6 +109,8 @@ class Margin:
 
     def __post_init__(self) -> None:
         """Checks the settings; subclasses extend it."""
+        for name, value in vars(self).items():
+            self._check(not isinstance(value, float) or math.isfinite(value), name, "finite")
         self._check(self.gradient in get_args(GradientMode), "gradient", f"one of {get_args(GradientMode)}")
 
     def _check(self, good: bool, name: str, allowed: str) -> None:

@@ -83,8 +83,10 @@ class SphereFace2(_BinaryMargin):
         level = 2 * 0.5**self.exponent - 1
         own, other = self.scale * (level - self.margin), self.scale * (level + self.margin)
         ratio = self.balance / ((1 - self.balance) * (num_classes - 1))
-        # The form of the positive root that does not cancel.
         root = math.sqrt((1 - ratio) ** 2 + 4 * ratio * math.exp(own - other))
+        # Two forms of the positive root, of which one cancels: with few classes the other.
+        if ratio > 1:
+            return {"bias": math.log((ratio - 1 + root) / 2) - own}
         return {"bias": math.log(2 * ratio) - other - math.log(1 - ratio + root)}
 
     def _shape(self, cosine: Tensor) -> Tensor:

@@ -331,28 +331,22 @@ def test_adacos_starts_from_the_number_of_classes():
 def test_adacos_takes_the_mean_of_sums_and_the_median_angle():
     # B = (200 + 1000 + 600) / 3, median 0.5.
     scale = adacos([200.0, 1000.0, 600.0], [0.7, 0.1, 0.5])
-    assert scale == pytest.approx(math.log(600) / math.cos(0.5), rel=1e-8)
+    assert scale == pytest.approx(math.log(600) / math.cos(0.5), rel=1e-13)
 
 
 def test_adacos_takes_the_lower_of_two_medians():
     scale = adacos([200.0, 1000.0, 600.0, 200.0], [0.7, 0.1, 0.5, 0.3])
-    assert scale == pytest.approx(math.log(500) / math.cos(0.3), rel=1e-8)
+    assert scale == pytest.approx(math.log(500) / math.cos(0.3), rel=1e-13)
 
 
 def test_adacos_does_not_take_an_angle_beyond_a_quarter_of_pi():
     scale = adacos([200.0, 1000.0, 600.0], [1.7, 0.1, 1.5])
-    assert scale == pytest.approx(math.log(600) / math.cos(math.pi / 4), rel=1e-8)
+    assert scale == pytest.approx(math.log(600) / math.cos(math.pi / 4), rel=1e-13)
 
 
 def test_adacos_leaves_masked_rows_out():
     scale = adacos([200.0, 1e9, 600.0, 1.0], [0.7, 0.1, 0.5, 0.2], [True, False, True, False])
-    assert scale == pytest.approx(math.log(400) / math.cos(0.5), rel=1e-8)
-
-
-@pytest.mark.xfail(strict=True, reason="AdaCos.prepare takes the logarithm of an int64 count, which is a float32")
-def test_adacos_computes_in_the_dtype_of_its_row():
-    scale = adacos([200.0, 1000.0, 600.0], [0.7, 0.1, 0.5])
-    assert scale == pytest.approx(math.log(600) / math.cos(0.5), rel=1e-13)
+    assert scale == pytest.approx(math.log(400) / math.cos(0.5), rel=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +355,7 @@ def test_adacos_computes_in_the_dtype_of_its_row():
         ([200.0, 400.0], [False, False]),  # no rows
         ([0.0, 0.0], None),  # no negatives in play
         ([0.5, 0.5], None),  # a negative logarithm
-        pytest.param([], [], marks=pytest.mark.xfail(strict=True, raises=IndexError, reason="median of no rows")),
+        ([], []),
     ],
 )
 def test_adacos_keeps_its_scale_when_there_is_no_estimate(sums, valid):

@@ -108,6 +108,13 @@ def test_triplet_loss_takes_the_hardest_of_both_kinds():
     assert float(term.value(sums)) == pytest.approx(1.6 / 3, rel=1e-14)
 
 
+def test_triplet_loss_takes_the_farthest_of_several_of_its_class():
+    # One row, with three of its class at 0.2, 0.7 and 0.5, and three others at 0.9, 0.6 and 0.8.
+    distance, same = doubles([[0.0, 0.2, 0.7, 0.5, 0.9, 0.6, 0.8]]), torch.tensor([[0, 1, 1, 1, 0, 0, 0]]).bool()
+    different = torch.tensor([[0, 0, 0, 0, 1, 1, 1]]).bool()
+    torch.testing.assert_close(TripletLoss(margin=0.3).sums(distance, same, different), doubles([0.3 + 0.7 - 0.6, 1.0]))
+
+
 def test_soft_triplet_loss_has_no_margin():
     sums = TripletLoss(margin=5.0, soft=True).sums(DISTANCE, SAME, DIFFERENT)
     expected = sum(math.log(1 + math.exp(gap)) for gap in (0.1, -0.4, 0.9))

@@ -139,20 +139,16 @@ def test_first_bias_of_sphereface2_at_known_numbers_of_classes(num_classes, bias
     assert SphereFace2().initial_learned(num_classes) == {"bias": pytest.approx(bias, abs=5e-5)}
 
 
-# With lambda / ((1 - lambda) (C - 1)) above 1 the terms of the root do cancel.
-FEW_CLASSES = pytest.mark.xfail(strict=True, reason="SphereFace2.initial_learned cancels for few classes")
-
-
 @pytest.mark.parametrize(
     ("settings", "num_classes"),
     [
         *[({}, count) for count in (4, 100, 10572, 2_000_000, 100_000_000)],
         *[({"balance": 0.9, "margin": 0.2}, count) for count in (10, 10572, 2_000_000)],
         *[({"scale": 10.0, "exponent": 1.0}, count) for count in (2, 3, 10572)],
-        pytest.param({}, 2, marks=FEW_CLASSES),
-        pytest.param({}, 3, marks=FEW_CLASSES),
-        pytest.param({"scale": 64.0}, 3, marks=FEW_CLASSES),  # ValueError: math domain error
-        pytest.param({"scale": 64.0, "balance": 0.99}, 20, marks=FEW_CLASSES),
+        # With lambda / ((1 - lambda) (C - 1)) above 1 the usual form of the root cancels.
+        *[({}, count) for count in (2, 3)],
+        ({"scale": 64.0}, 3),
+        ({"scale": 64.0, "balance": 0.99}, 20),
     ],
 )
 def test_first_bias_of_sphereface2_is_where_the_two_pulls_balance(settings, num_classes):

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.complete
 QUICKSTART_DATA := data/quickstart
 QUICKSTART_RUN := runs/quickstart
 
-.PHONY: setup quickstart test lint types format clean
+.PHONY: setup quickstart test soak lint types format clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,9 @@ quickstart: setup $(QUICKSTART_DATA)/train/manifest.json
 
 test: setup lint types
 	$(BIN)/python -m pytest
+
+soak: setup
+	$(BIN)/python -m pytest -m soak
 
 lint: setup
 	$(BIN)/ruff check .

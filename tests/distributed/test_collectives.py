@@ -23,7 +23,26 @@ from partialfc.distributed.collectives import (
     sum_over_shards,
 )
 from partialfc.distributed.mesh import ShardMesh
-from partialfc.margins import ArcFace, CosFace, Margin, Softmax
+from partialfc.head import VariationalPrototypes
+from partialfc.margins import (
+    AdaCos,
+    AdaFace,
+    ArcFace,
+    CenterLoss,
+    CircleLoss,
+    ContrastiveLoss,
+    CosFace,
+    CurricularFace,
+    ElasticFace,
+    FNormSphereFace,
+    MagFace,
+    Margin,
+    Softmax,
+    SphereFace,
+    SphereFace2,
+    TripletLoss,
+    UniFace,
+)
 
 INF = float("inf")
 
@@ -135,8 +154,8 @@ def collectives_of_a_step(head: PartialFC, rank: int) -> dict[str, int]:
 
 
 def check_counts(rank: int, mesh: ShardMesh) -> None:
-    def count(margin: Margin, sample_rate: float) -> dict[str, int]:
-        return collectives_of_a_step(PartialFC(300, 8, margin=margin, sample_rate=sample_rate), rank)
+    def count(margin: Margin, sample_rate: float, **options: Any) -> dict[str, int]:
+        return collectives_of_a_step(PartialFC(300, 8, margin=margin, sample_rate=sample_rate, **options), rank)
 
     def expected(all_reduces: int) -> dict[str, int]:
         return {"_allgather_base_": 2, "allreduce_": all_reduces, "_reduce_scatter_base_": 1}
@@ -149,6 +168,24 @@ def check_counts(rank: int, mesh: ShardMesh) -> None:
         assert count(ArcFace(scale=100.0), sample_rate) == expected(3)
         # Two gradients of per-row numbers that meet the classes of all ranks.
         assert count(ProbeMargin(), sample_rate) == expected(5)
+        # What a margin knows of the row from the gathered batch costs nothing.
+        for margin in (FNormSphereFace(), AdaFace(), MagFace(), ElasticFace(sort=True)):
+            assert count(margin, sample_rate) == expected(2)
+        # Negatives without a bound.
+        for margin in (CircleLoss(), CurricularFace()):
+            assert count(margin, sample_rate) == expected(3)
+        # A sum without a maximum, and the gradient of the bias; a scale for each row, and its gradient.
+        assert count(UniFace(), sample_rate) == count(SphereFace2(), sample_rate) == expected(3)
+        assert count(SphereFace(), sample_rate) == expected(4)
+        # One more softmax, at the scale of the step before.
+        assert count(AdaCos(), sample_rate) == expected(5)
+        # Options that ask no other rank, and those that do.
+        local = {"num_subcenters": 3, "sampling_correction": True}
+        assert count(ArcFace(), sample_rate, **local) == expected(2)
+        assert count(ArcFace(), sample_rate, variational=VariationalPrototypes()) == expected(2)
+        assert count(ArcFace(), sample_rate, interclass_filtering_threshold=0.5) == expected(3)
+        for term in (CenterLoss(), ContrastiveLoss(), TripletLoss()):
+            assert count(ArcFace(), sample_rate, auxiliaries=[term]) == expected(3)
 
 
 def check_all(rank: int, world_size: int) -> None:

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from partialfc import PartialFC
+from partialfc.config import load_config
 from partialfc.head import VariationalPrototypes
 from partialfc.margins import AUXILIARIES, MARGINS
 
@@ -106,18 +107,25 @@ def test_every_option_of_the_head_has_a_row_with_its_default():
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_snippets_build(snippet):
-    loaded = yaml.safe_load(snippet)
-    assert list(loaded) == ["head"]
-    head = loaded["head"]
-    assert head.keys() <= inspect.signature(PartialFC).parameters.keys()
-    margin = dict(head["margin"])
-    head["margin"] = MARGINS[margin.pop("name")](**margin)
-    if "variational" in head:
-        head["variational"] = VariationalPrototypes(**head["variational"])
-    terms = [dict(term) for term in head.get("auxiliaries", ())]
-    head["auxiliaries"] = [AUXILIARIES[term.pop("name")](**term) for term in terms]
-    PartialFC(10, 4, **head)  # Options that do not go together are refused here.
+def test_snippets_are_configurations_that_build(snippet, tmp_path):
+    rest = "run: {directory: r}\ndata: {directory: d}\ntraining: {epochs: 1, global_batch_size: 8}\n"
+    path = tmp_path / "snippet.yaml"
+    path.write_text(rest + snippet)
+    config = load_config(path)
+    for head in (config.head, *(task.head for task in config.tasks.values())):
+        # Options that do not go together are refused here.
+        PartialFC(
+            10,
+            4,
+            margin=head.margin,
+            sample_rate=head.sample_rate,
+            sampling_correction=head.sampling_correction,
+            num_subcenters=head.num_subcenters,
+            interclass_filtering_threshold=head.interclass_filtering_threshold,
+            variational=head.variational,
+            auxiliaries=head.auxiliaries,
+            loss_weight=head.loss_weight,
+        )
 
 
 def test_links_within_the_page_lead_somewhere():

@@ -120,16 +120,20 @@ def _open_tasks(config: Config) -> dict[str, Task]:
     main = ShardIndex.open(config.data.directory / "train")
     tasks = {"main": Task(main, config.head, config.training.global_batch_size, seed)}
     for number, (name, task) in enumerate(config.tasks.items(), start=1):
-        index = ShardIndex.open(task.data_directory / "train")
+        try:
+            index = ShardIndex.open(task.data_directory / "train")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tasks.{name}.data_directory: {error}") from error
         tasks[name] = Task(index, task.head, task.global_batch_size, hash64(seed, _TASK_STREAM, number))
     return tasks
 
 
 def _build_head(name: str, task: Task, config: Config, mesh: ShardMesh, device: torch.device) -> PartialFC:
     settings, path = task.head, "head" if name == "main" else f"tasks.{name}.head"
+    num_classes = _num_classes(task, path)
     try:
         return PartialFC(
-            _num_classes(task, path),
+            num_classes,
             config.backbone.embedding_dim,
             margin=settings.margin,
             sample_rate=settings.sample_rate,
@@ -183,12 +187,19 @@ def checkpoint_facts(run: Run) -> dict[str, Any]:
     """What must be the same when a run goes on: with another value the checkpoint means something else."""
     facts: dict[str, Any] = {"seed": run.config.run.seed, "tasks": list(run.tasks)}
     for name, task in run.tasks.items():
-        prefix = "" if name == "main" else f"{name}/"
-        facts |= {
-            f"{prefix}global_batch_size": task.global_batch_size,
-            f"{prefix}num_classes": run.heads[name].partition.num_classes,
-            f"{prefix}data_fingerprint": task.index.fingerprint,
+        prefix, head = "" if name == "main" else f"{name}/", run.heads[name]
+        task_facts = {
+            "global_batch_size": task.global_batch_size,
+            "num_classes": head.partition.num_classes,
+            "data_fingerprint": task.index.fingerprint,
+            # A margin that remembers nothing may be exchanged for another one of that kind.
+            "margin_with_memory": type(head.margin).__name__ if head.margin_remembers else None,
+            "num_subcenters": task.head.num_subcenters,
+            "auxiliaries": [type(term).__name__ for term in task.head.auxiliaries],
+            "variational": task.head.variational is not None,
+            "center_optimizer": type(task.head.center_optimizer).__name__,
         }
+        facts |= {f"{prefix}{key}": value for key, value in task_facts.items()}
     return facts
 
 

@@ -185,11 +185,10 @@ def _train_step(run: Run, batches: dict[str, Batch]) -> tuple[float, float, bool
     torch.manual_seed(hash64(run.config.run.seed, _DROPOUT_STREAM, run.step, run.mesh.rank))
     for name, task in run.tasks.items():
         run.heads[name].learning_rate = _learning_rate(run, task.head.center_optimizer.learning_rate, run.step)
-    images = torch.cat([batch.images for batch in batches.values()])
-    images = normalize_images(images.to(run.device, non_blocking=True))
+    images = [batch.images.to(run.device, non_blocking=True) for batch in batches.values()]
     labels = {name: batch.labels.to(run.device, non_blocking=True) for name, batch in batches.items()}
     with profiled("backbone forward"):
-        embeddings = run.engine.forward(images)
+        embeddings = run.engine.forward(normalize_images(images[0] if len(images) == 1 else torch.cat(images)))
     with profiled("head"):
         loss = run.heads(embeddings, labels)
     with profiled("backward"):

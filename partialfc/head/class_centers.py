@@ -52,13 +52,13 @@ class ClassCenters(ClassTable):
             # Drawn on the CPU in float32, so that neither device nor dtype changes a run.
             generator = torch.Generator().manual_seed(hash64(seed, _INITIALISATION_STREAM, block))
             weight[index] = init_std * torch.randn(shape[1:], generator=generator)
-        self._register("weight", weight)
+        self.add("weight", weight)
         for name, value in optimizer.initial_state(weight).items():
-            self._register(name, value)
+            self.add(name, value)
 
     def select(self, rows: Tensor | None) -> Tensor:
         """[n, K, D], the centers at `rows`, or a view of all of this rank's if None."""
-        return self._select("weight", rows)
+        return self.read("weight", rows)
 
     @torch.no_grad()
     def update(self, rows: Tensor | None, gradient_nKD: Tensor, *, learning_rate: float) -> None:
@@ -69,15 +69,15 @@ class ClassCenters(ClassTable):
             gradient_nKD: [n, K, D], of the loss.
             learning_rate: of this step.
         """
-        before = {name: self._select(name, rows) for name in self._names}
+        before = {name: self.read(name, rows) for name in self._names}
         weight = before.pop("weight")
         weight, state = self.optimizer.update(weight, gradient_nKD, before, learning_rate=learning_rate)
         for name, after in {"weight": weight, **state}.items():
-            self._write(name, rows, after)
+            self.write(name, rows, after)
 
     def gather(self) -> Tensor:
         """[num_classes, K, D] on every rank, a copy. Collective."""
-        return self._gather("weight")
+        return self.gather_all("weight")
 
     @torch.no_grad()
     def set(self, centers: Tensor) -> None:
@@ -90,6 +90,6 @@ class ClassCenters(ClassTable):
         if tuple(centers.shape) != expected:
             raise ValueError(f"class centers have shape {tuple(centers.shape)}, but must have {expected}")
         start = self.partition.class_start
-        self._write("weight", None, centers[start : start + self.partition.num_local_classes])
+        self.write("weight", None, centers[start : start + self.partition.num_local_classes])
         for name, value in self.optimizer.initial_state(self.weight).items():
             getattr(self, name).copy_(value)

@@ -30,8 +30,8 @@ class ClassTable(nn.Module):
         self.partition, self.mesh = partition, mesh
         self._names: list[str] = []
 
-    def _register(self, name: str, value: Tensor) -> None:
-        """Adds a tensor [local_blocks, block_size, ...]."""
+    def add(self, name: str, value: Tensor) -> None:
+        """Adds a tensor [local_blocks, block_size, ...], reached as an attribute of that name."""
         self.register_buffer(name, value, persistent=False)
         self._names.append(name)
 
@@ -39,19 +39,19 @@ class ClassTable(nn.Module):
         """[num_local_classes, ...]: a view without the phantoms."""
         return getattr(self, name).flatten(0, 1)[: self.partition.num_local_classes]
 
-    def _select(self, name: str, rows: Tensor | None) -> Tensor:
+    def read(self, name: str, rows: Tensor | None) -> Tensor:
         """[n, ...], the rows at `rows`, or a view of all of this rank's if None."""
         everything = self._rows(name)
         return everything if rows is None else everything[rows]
 
-    def _write(self, name: str, rows: Tensor | None, values: Tensor) -> None:
+    def write(self, name: str, rows: Tensor | None, values: Tensor) -> None:
         """Replaces the rows at `rows`, distinct, or all of them if None."""
         if rows is None:
             self._rows(name).copy_(values)
         else:
             self._rows(name).index_copy_(0, rows, values)
 
-    def _gather(self, name: str) -> Tensor:
+    def gather_all(self, name: str) -> Tensor:
         """[num_classes, ...] on every rank, a copy. Collective."""
         return gather_rows(self._rows(name), self.mesh).clone()
 

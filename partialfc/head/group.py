@@ -16,24 +16,32 @@ class HeadGroup(nn.Module):
     """Named heads, of which each takes some of the rows of a batch.
 
     The loss is the sum over heads of the mean loss of each one's valid rows over the global batch, times its
-    `loss_weight`. Calling the group is collective, as is calling a head.
+    `loss_weight`. If it is not finite, nothing moves in any of the heads. Calling the group is collective, as is
+    calling a head.
 
     Args:
         heads: by name; their order is that of the rows.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or one comes twice, or a name is empty or has a dot.
     """
 
     def __init__(self, heads: Mapping[str, PartialFC]) -> None:
         super().__init__()
         if not heads:
             raise ValueError("a group of heads needs at least one head")
-        self.heads = nn.ModuleDict(heads)
+        for name, head in heads.items():
+            if not name or "." in name:
+                raise ValueError(f"a head is called {name!r}, but a name must not be empty and have no dot")
+            if not isinstance(head, PartialFC) or sum(other is head for other in heads.values()) > 1:
+                raise ValueError(f"head {name!r} must be a PartialFC of its own")
+            # A prefix, since a module cannot be called "train" or "type".
+            self.add_module(f"head_{name}", head)
+        self.names = list(heads)
 
     def __getitem__(self, name: str) -> PartialFC:
         """The head of that name."""
-        head = self.heads[name]
+        head = self.get_submodule(f"head_{name}")
         assert isinstance(head, PartialFC)
         return head
 
@@ -47,18 +55,21 @@ class HeadGroup(nn.Module):
         Raises:
             ValueError: if the names are not those of the heads, or the rows do not add up.
         """
-        if labels.keys() != self.heads.keys():
-            raise ValueError(f"labels are for the heads {list(labels)}, but must be for {list(self.heads)}")
-        sizes = [len(labels[name]) for name in self.heads]
+        if sorted(labels) != sorted(self.names):
+            raise ValueError(f"labels are for the heads {list(labels)}, but must be for {self.names}")
+        sizes = [len(labels[name]) for name in self.names]
         if sum(sizes) != len(embeddings):
             raise ValueError(
                 f"there are {len(embeddings)} embeddings, but labels of {' + '.join(map(str, sizes))} rows for the "
-                f"heads {', '.join(self.heads)}"
+                f"heads {', '.join(self.names)}"
             )
         parts = embeddings.split(sizes)
-        losses = [self[name](part, labels[name]) for name, part in zip(self.heads, parts, strict=True)]
-        return torch.stack(losses).sum()
+        losses = [self[name](part, labels[name]) for name, part in zip(self.names, parts, strict=True)]
+        loss = torch.stack(losses).sum()
+        for name in self.names:
+            self[name].update_only_if(loss.detach().isfinite())
+        return loss
 
     def diagnostics(self) -> dict[str, float]:
         """What each head has to show, as name/number; see `PartialFC.diagnostics`."""
-        return {f"{name}/{key}": value for name in self.heads for key, value in self[name].diagnostics().items()}
+        return {f"{name}/{key}": value for name in self.names for key, value in self[name].diagnostics().items()}

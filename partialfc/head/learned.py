@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from partialfc.head.optimizers import CenterOptimizer
@@ -15,32 +14,41 @@ __all__ = ["LearnedNumbers"]
 class LearnedNumbers(nn.Module):
     """Some named scalars, and what their optimizer remembers of each.
 
+    Each is a buffer of its name, so that one margin's number is never loaded as another's.
+
     Args:
         initial: their first values.
         optimizer: moves them.
         like: a tensor whose dtype and device they have.
     """
 
-    value: Tensor
-
     def __init__(self, initial: Mapping[str, float], *, optimizer: CenterOptimizer, like: Tensor) -> None:
         super().__init__()
         self.names, self.optimizer = list(initial), optimizer
-        # One row for each, as optimizers of class centers expect.
-        self.register_buffer("value", like.new_tensor(list(initial.values()))[:, None])
-        self._state_names = []
-        for name, value in optimizer.initial_state(self.value).items():
-            self.register_buffer(name, value)
-            self._state_names.append(name)
+        self._state_names: list[str] = []
+        for name, number in initial.items():
+            # One row of one number, as optimizers of class centers expect.
+            value = like.new_full((1, 1), number)
+            self.register_buffer(f"value_{name}", value)
+            state = optimizer.initial_state(value)
+            self._state_names = list(state)
+            for key, tensor in state.items():
+                self.register_buffer(f"{key}_{name}", tensor)
+
+    def values(self) -> dict[str, Tensor]:
+        """The scalars by name, as they are."""
+        return {name: getattr(self, f"value_{name}")[0, 0] for name in self.names}
 
     def leaves(self) -> dict[str, Tensor]:
         """The scalars by name, each wanting a gradient."""
-        return {name: self.value[index, 0].clone().requires_grad_() for index, name in enumerate(self.names)}
+        return {name: value.clone().requires_grad_() for name, value in self.values().items()}
 
     def update(self, gradients: Mapping[str, Tensor], *, learning_rate: float) -> None:
         """Moves them by one step of the optimizer along the gradients of the loss, the same on all ranks."""
-        gradient = torch.stack([gradients[name] for name in self.names])[:, None]
-        state = {name: getattr(self, name) for name in self._state_names}
-        value, state = self.optimizer.update(self.value, gradient, state, learning_rate=learning_rate)
-        for name, after in {"value": value, **state}.items():
-            getattr(self, name).copy_(after)
+        for name in self.names:
+            before = getattr(self, f"value_{name}")
+            state = {key: getattr(self, f"{key}_{name}") for key in self._state_names}
+            gradient = gradients[name].view(1, 1)
+            after, state = self.optimizer.update(before, gradient, state, learning_rate=learning_rate)
+            for key, tensor in {"value": after, **state}.items():
+                getattr(self, f"{key}_{name}").copy_(tensor)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from partialfc.distributed.mesh import ProcessGroup, ShardMesh
 from partialfc.distributed.partition import ClassPartition
-from partialfc.head.auxiliary import build_auxiliary
+from partialfc.head.auxiliary import build_auxiliaries
 from partialfc.head.class_centers import ClassCenters
 from partialfc.head.global_batch import BatchGather
 from partialfc.head.learned import LearnedNumbers
 from partialfc.head.optimizers import CenterOptimizer, CenterSGD
 from partialfc.head.sampling import ClassesInPlay, NegativeSampler, all_in_play
-from partialfc.head.step import Leaves, TrainingStep, head_loss
+from partialfc.head.step import Leaves, PendingStep, TrainingStep, head_loss
 from partialfc.head.variational import PrototypeMemory, VariationalPrototypes
 from partialfc.margins.auxiliary import Auxiliary
 from partialfc.margins.base import Margin, State
@@ -65,7 +65,9 @@ class PartialFC(nn.Module):
 
     Attributes:
         learning_rate: of the next update; a schedule may set it before each step.
-        step: updates done so far.
+        step: steps done so far, also those that moved nothing because their loss was not finite.
+        margin_state: what the margin remembers, by name, scalars that are equal on all ranks.
+        statistics: what `diagnostics` shows of the last step, by name, scalars.
 
     Raises:
         ValueError: if an argument is out of range, or does not go with another.
@@ -93,6 +95,7 @@ class PartialFC(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        auxiliaries = tuple(auxiliaries)
         _check_numbers(embedding_dim, sample_rate, num_subcenters, labels_per_row, dtype, init_std, loss_weight)
         _check_margin(margin, sampling_correction, labels_per_row)
         _check_options(margin, interclass_filtering_threshold, variational, auxiliaries, num_subcenters, labels_per_row)
@@ -114,9 +117,7 @@ class PartialFC(nn.Module):
             self.class_bias = ClassCenters(self.partition, (1, 1), optimizer=plain, init_std=0.0, **sharding)
         learned = margin.initial_learned(num_classes)
         self.learned = LearnedNumbers(learned, optimizer=plain, like=table["like"]) if learned else None
-        self.auxiliaries = nn.ModuleList(
-            build_auxiliary(term, self.partition, embedding_dim, **table) for term in auxiliaries
-        )
+        self.auxiliaries = build_auxiliaries(auxiliaries, self.partition, embedding_dim, **table)
         self.prototypes: PrototypeMemory | None = None
         if variational is not None:
             self.prototypes = PrototypeMemory(variational, self.partition, embedding_dim, **table)
@@ -124,6 +125,7 @@ class PartialFC(nn.Module):
         self.corrects_sampling = sampling_correction or margin.needs_sampling_correction
         self.margin_state = self._on_device(margin.initial_state(num_classes))
         self.statistics: dict[str, Tensor] = {}
+        self.pending: PendingStep | None = None
         self.gather_batch = BatchGather(self.mesh)
         # exp(logit) and its sum over classes must stay finite in float32 for the softmax to do without a maximum.
         bound = margin.logit_bound
@@ -153,6 +155,15 @@ class PartialFC(nn.Module):
         with torch.no_grad():
             return head_loss(self, batch, in_play, Leaves.of(self, batch, in_play)).loss
 
+    def update_only_if(self, condition: Tensor) -> None:
+        """Ties the update of the loss just computed, whose backward is to come, to one more condition.
+
+        Args:
+            condition: bool, a scalar, the same on all ranks.
+        """
+        if self.pending is not None:
+            self.pending.steps = self.pending.steps & condition
+
     def gather_class_centers(self) -> Tensor:
         """[num_classes, D] on every rank, or [num_classes, K, D] with K > 1 sub-centers; a copy. Collective."""
         centers = self.class_centers.gather()
@@ -164,21 +175,33 @@ class PartialFC(nn.Module):
         Their momentum starts anew.
 
         Raises:
-            ValueError: if the shape is another.
+            ValueError: if the shape is another, or a center is not finite, or of length 0 where cosines are compared.
         """
         num_subcenters, dim = self.class_centers.weight.shape[2:]
         inner = (dim,) if num_subcenters == 1 else (num_subcenters, dim)
         expected = (self.partition.num_classes, *inner)
         if tuple(centers.shape) != expected:
             raise ValueError(f"class centers have shape {tuple(centers.shape)}, but must have {expected}")
+        lengths = centers.norm(dim=-1)
+        if not bool(lengths.isfinite().all()):
+            raise ValueError("class centers have numbers that are not finite")
+        if self.margin.compares_cosines and not bool(lengths.all()):
+            # Its first gradient would be so large that it never moves again.
+            place = tuple((lengths == 0).nonzero()[0].tolist())
+            raise ValueError(f"class center {place} is zero, but a cosine needs a direction; draw it at random instead")
         self.class_centers.set(centers.reshape(-1, num_subcenters, dim))
 
     def diagnostics(self) -> dict[str, float]:
         """What there is to see of the last step: margin state, learned numbers, terms of the loss. Synchronises."""
         values = {**self.margin_state, **self.statistics}
         if self.learned is not None:
-            values |= {name: self.learned.value[index, 0] for index, name in enumerate(self.learned.names)}
+            values |= self.learned.values()
         return {name: float(value) for name, value in values.items()}
+
+    @property
+    def margin_remembers(self) -> bool:
+        """Whether the margin has state, or numbers that are learned."""
+        return bool(self.margin_state) or self.learned is not None or self.class_bias is not None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -197,6 +220,13 @@ class PartialFC(nn.Module):
 
     def _on_device(self, state: State) -> State:
         return {name: value.to(self.class_centers.weight.device) for name, value in state.items()}
+
+    def _apply(self, function: Any, recurse: bool = True) -> PartialFC:
+        _check_dtype(function(torch.zeros(1, dtype=self.dtype)).dtype)
+        # The margin's state stays float64, but follows the class centers to another device.
+        super()._apply(function, recurse)
+        self.margin_state = self._on_device(self.margin_state)
+        return self
 
     def _check_batch(self, embeddings: Tensor, labels: Tensor) -> None:
         dim = self.class_centers.weight.shape[-1]
@@ -251,11 +281,15 @@ def _check_numbers(
         raise ValueError(
             f"sample_rate is {sample_rate}, but must be in (0, 1]: the share of classes drawn at each step"
         )
+    _check_dtype(dtype)
+    for name, value in (("init_std", init_std), ("loss_weight", loss_weight)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}, but must be positive and finite")
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype is {dtype}, but class centers are stored in torch.float32 or torch.float64")
-    for name, value in (("init_std", init_std), ("loss_weight", loss_weight)):
-        if not value > 0:
-            raise ValueError(f"{name} is {value}, but must be positive")
 
 
 def _check_margin(margin: Margin, sampling_correction: bool | None, labels_per_row: int) -> None:
@@ -285,6 +319,8 @@ def _check_options(
     if threshold is not None and not (margin.compares_cosines and -1 < threshold < 1):
         allowed = "in (-1, 1)" if margin.compares_cosines else f"None: {type(margin).__name__} compares no cosines"
         raise ValueError(f"interclass_filtering_threshold is {threshold}, but must be {allowed}")
+    if not isinstance(variational, VariationalPrototypes | None):
+        raise ValueError(f"variational is {variational!r}, but must be VariationalPrototypes or None")
     if variational is not None and num_subcenters > 1:
         raise ValueError(
             f"variational prototypes take one center for each class, but num_subcenters is {num_subcenters}"

@@ -52,21 +52,20 @@ def reference_loss(
     cosine_BC = _similarities(embeddings_BD, class_centers_CKD, margin) + (0.0 if bias_C is None else bias_C)
     # From here on a row is one label of a row: with several, rows are repeated, and none is a negative of another.
     labels_BP = labels_B[:, None] if labels_B.ndim == 1 else labels_B
-    own_BC = (labels_BP[:, :, None] == torch.arange(num_classes)).any(1)
+    own_BC = (labels_BP[:, :, None] == torch.arange(num_classes, device=labels_BP.device)).any(1)
     row_B, column_B = (labels_BP >= 0).nonzero(as_tuple=True)
     labels_B, own_BC, cosine_BC = labels_BP[row_B, column_B], own_BC[row_B], cosine_BC[row_B]
-    threshold = math.inf if interclass_filtering_threshold is None else interclass_filtering_threshold
-    excluded_BC = own_BC | (cosine_BC > threshold)
+    excluded_BC = own_BC
+    if interclass_filtering_threshold is not None:
+        excluded_BC = own_BC | (cosine_BC > interclass_filtering_threshold)
     log_weight_C = cosine_BC.new_zeros(num_classes) if weight_C is None else weight_C.log()
 
     target_B = cosine_BC.gather(1, labels_B[:, None])[:, 0]
-    state = margin.initial_state(num_classes) if state is None else state
-    learned = learned or {name: torch.tensor(value) for name, value in margin.initial_learned(num_classes).items()}
-    logsumexp_B = None
-    if Need.NEGATIVE_LOGSUMEXP in margin.needs:
-        statistic_BC = margin.statistic_scale(state) * cosine_BC.detach() + log_weight_C
-        logsumexp_B = statistic_BC.masked_fill(excluded_BC, -math.inf).logsumexp(1)
+    state = state or margin.initial_state(num_classes)
+    learned = learned or {k: cosine_BC.new_tensor(v) for k, v in margin.initial_learned(num_classes).items()}
+    logsumexp_B = _statistic(margin, state, cosine_BC.detach(), log_weight_C, excluded_BC)
     norm_B = embeddings_BD.norm(dim=1)[row_B]
+    noise_B = None if noise_B is None else noise_B.view_as(labels_BP)[row_B, column_B]
     row = Row(target_B.detach(), labels_B >= 0, step, norm_B, noise_B, logsumexp_B, learned)
     parameters, state = margin.prepare(row, state)
 
@@ -85,6 +84,16 @@ def _similarities(embeddings_BD: Tensor, class_centers_CKD: Tensor, margin: Marg
     w_CKD = class_centers_CKD.view(len(class_centers_CKD), -1, class_centers_CKD.shape[-1])
     w_CKD = F.normalize(w_CKD, dim=-1) if margin.normalize_class_centers else w_CKD
     return torch.einsum("bd,ckd->bck", x_BD, w_CKD).max(2).values
+
+
+def _statistic(
+    margin: Margin, state: State, cosine_BC: Tensor, log_weight_C: Tensor, excluded_BC: Tensor
+) -> Tensor | None:
+    """[B], of the negatives at the scale of the step before, if the margin needs it."""
+    if Need.NEGATIVE_LOGSUMEXP not in margin.needs:
+        return None
+    logits_BC = margin.statistic_scale(state) * cosine_BC + log_weight_C
+    return logits_BC.masked_fill(excluded_BC, -math.inf).logsumexp(1)
 
 
 def _softmax(margin: Margin, logits_BC: Tensor, log_weight_C: Tensor, labels_B: Tensor, own_B: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from partialfc.distributed.partition import ClassPartition, block_size_for
 from partialfc.keyed import KeyedPermutation, hash64
 
-__all__ = ["ClassesInPlay", "NegativeSampler", "all_in_play"]
+__all__ = ["ClassesInPlay", "NegativeSampler", "all_in_play", "owned_classes"]
 
 _SAMPLING_STREAM = 2  # keeps these hashes apart from those of other parts that use the same seed
 _RATE_TOLERANCE = 0.02
@@ -42,6 +42,12 @@ class ClassesInPlay:
 def _owned(labels_V: Tensor, partition: ClassPartition) -> Tensor:
     start = partition.class_start
     return (labels_V >= start) & (labels_V < start + partition.num_local_classes)
+
+
+def owned_classes(labels_V: Tensor, partition: ClassPartition) -> tuple[Tensor, Tensor]:
+    """(which cases have their class on this rank, [r] int64; the local row of the class of each of those, [r])."""
+    cases = _owned(labels_V, partition).nonzero()[:, 0]
+    return cases, labels_V[cases] - partition.class_start
 
 
 def all_in_play(labels_V: Tensor, partition: ClassPartition) -> ClassesInPlay:

@@ -18,7 +18,14 @@ from partialfc.distributed.mesh import ShardMesh
 from partialfc.head.sampling import ClassesInPlay
 from partialfc.margins.base import Aggregate, Margin, Parameters
 
-__all__ = ["aggregate_negatives", "log_weights", "negative_logits", "own_classes", "similarities", "target_similarity"]
+__all__ = [
+    "aggregate_negatives",
+    "exclude_own_classes",
+    "log_weights",
+    "negative_logits",
+    "similarities",
+    "target_cosine",
+]
 
 
 def similarities(embeddings_BD: Tensor, centers_nKD: Tensor, bias_n: Tensor | None, margin: Margin) -> Tensor:
@@ -32,7 +39,7 @@ def similarities(embeddings_BD: Tensor, centers_nKD: Tensor, bias_n: Tensor | No
     return similarity_Bn if bias_n is None else similarity_Bn + bias_n
 
 
-def target_similarity(similarity_Vn: Tensor, in_play: ClassesInPlay, mesh: ShardMesh) -> Tensor:
+def target_cosine(similarity_Vn: Tensor, in_play: ClassesInPlay, mesh: ShardMesh) -> Tensor:
     """[V], the similarity to the own class, wherever it lives; 0 where it lives nowhere. One all-reduce."""
     if similarity_Vn.shape[1] == 0:
         return sum_over_shards(similarity_Vn.sum(1), mesh)
@@ -40,17 +47,28 @@ def target_similarity(similarity_Vn: Tensor, in_play: ClassesInPlay, mesh: Shard
     return sum_over_shards(torch.where(in_play.owned_V, local_V, 0.0), mesh)
 
 
-def own_classes(in_play: ClassesInPlay, num_in_play: int, labels_per_row: int) -> Tensor:
-    """[V, n] bool: the classes that the row of a case has as labels, and so are not its negatives."""
-    # What lives on another rank is noted in a column too many, which nobody sees.
-    slot_BP = torch.where(in_play.owned_V, in_play.slot_V, num_in_play).unflatten(0, (-1, labels_per_row))
-    own_Bn = torch.zeros((len(slot_BP), num_in_play + 1), dtype=torch.bool, device=slot_BP.device)
-    own_Bn = own_Bn.scatter(1, slot_BP, True)[:, :num_in_play]
-    return own_Bn if labels_per_row == 1 else own_Bn.repeat_interleave(labels_per_row, 0)
+def exclude_own_classes(logits_Vn: Tensor, in_play: ClassesInPlay, labels_per_row: int) -> Tensor:
+    """Puts -inf where a class is a label of the row of a case, and so not a negative of it. In place.
+
+    By adding -inf there and 0 at one place of each other row, since autograd needs no copy of the logits for that.
+    """
+    if logits_Vn.shape[1] == 0:
+        return logits_Vn
+    slot_BP = in_play.slot_V.unflatten(0, (-1, labels_per_row))
+    added_BP = torch.zeros_like(slot_BP, dtype=logits_Vn.dtype)
+    added_BP = added_BP.masked_fill(in_play.owned_V.unflatten(0, (-1, labels_per_row)), -math.inf)
+    return logits_Vn.scatter_add_(
+        1, slot_BP.repeat_interleave(labels_per_row, 0), added_BP.repeat_interleave(labels_per_row, 0)
+    )
 
 
-def log_weights(in_play: ClassesInPlay, num_in_play: int, dtype: torch.dtype) -> Tensor:
-    """[n], minus the log of the probability with which a class is in play: 0 for the classes of the batch."""
+def log_weights(in_play: ClassesInPlay, num_in_play: int, dtype: torch.dtype) -> Tensor | None:
+    """[n], minus the log of the probability with which a class is in play: 0 for the classes of the batch.
+
+    None if every class is in play.
+    """
+    if in_play.drawn_probability == 1:
+        return None
     slot_V = torch.where(in_play.owned_V, in_play.slot_V, num_in_play)
     in_batch = torch.zeros(num_in_play + 1, dtype=torch.bool, device=slot_V.device).index_fill(0, slot_V, True)
     drawn_n = torch.full((num_in_play,), -math.log(in_play.drawn_probability), dtype=dtype, device=slot_V.device)
@@ -68,25 +86,18 @@ def negative_logits(similarity_Vn: Tensor, parameters: Parameters, *, margin: Ma
 
 
 def aggregate_negatives(
-    aggregate: Aggregate,
-    logits_Vn: Tensor,
-    excluded_Vn: Tensor,
-    log_weight_n: Tensor | None,
-    *,
-    mesh: ShardMesh,
-    bounded: bool,
+    aggregate: Aggregate, logits_Vn: Tensor, log_weight_n: Tensor | None, *, mesh: ShardMesh, bounded: bool
 ) -> Tensor:
     """[V], the sum over the classes of all ranks that `aggregate` names, with weights.
 
     Args:
         aggregate: which sum.
-        logits_Vn: of this rank's classes in play.
-        excluded_Vn: bool, those that do not count for a case.
+        logits_Vn: of this rank's classes in play, -inf where one does not count.
         log_weight_n: the log of how often a class counts; None for once.
         mesh: the ranks.
         bounded: see `logsumexp_over_shards`; of no matter to a sum without exponentials.
     """
-    return _AGGREGATES[aggregate](logits_Vn.masked_fill(excluded_Vn, -math.inf), log_weight_n, mesh, bounded)
+    return _AGGREGATES[aggregate](logits_Vn, log_weight_n, mesh, bounded)
 
 
 def _logsumexp(logits_Vn: Tensor, log_weight_n: Tensor | None, mesh: ShardMesh, bounded: bool) -> Tensor:

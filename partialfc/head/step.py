@@ -5,7 +5,8 @@ Shapes: see `partial_fc.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,38 +18,38 @@ from partialfc.head.global_batch import GlobalBatch
 from partialfc.head.sampling import ClassesInPlay
 from partialfc.head.sharded_loss import (
     aggregate_negatives,
+    exclude_own_classes,
     log_weights,
     negative_logits,
-    own_classes,
     similarities,
-    target_similarity,
+    target_cosine,
 )
 from partialfc.keyed import normal
-from partialfc.margins.base import Aggregate, Need, Row, State
-from partialfc.margins.base import target_similarity as with_margin
+from partialfc.margins.base import Aggregate, Need, Row, State, target_similarity
 
 if TYPE_CHECKING:
     from partialfc.head.partial_fc import PartialFC
 
-__all__ = ["HeadLoss", "Leaves", "TrainingStep", "head_loss"]
+__all__ = ["HeadLoss", "Leaves", "PendingStep", "TrainingStep", "head_loss"]
 
 _NOISE_STREAM = 3  # keeps these hashes apart from those of other parts that use the same seed
 
 
 @dataclass(frozen=True)
 class Leaves:
-    """What the loss is differentiated by.
+    """What the loss is differentiated by; or, from `gradients`, its derivative by each.
 
     Attributes:
         embeddings_BD: meet this rank's class centers, so their gradient is a part of a sum over ranks.
-        replicated_BD: the same numbers, for what all ranks compute alike: their gradient is already whole.
+        replicated_BD: the same numbers, for what all ranks compute alike: their gradient is already whole. A gradient
+            of None is zero.
         centers_nKD: the class centers in play.
         bias_n11: the class biases in play, if the margin has them.
         learned: the learnable numbers of the margin; their gradient is whole.
     """
 
     embeddings_BD: Tensor
-    replicated_BD: Tensor
+    replicated_BD: Tensor | None
     centers_nKD: Tensor
     bias_n11: Tensor | None
     learned: dict[str, Tensor]
@@ -66,12 +67,15 @@ class Leaves:
         )
 
     def gradients(self, loss: Tensor) -> Leaves:
-        """Those of `loss`; zeros where it does not depend on something."""
+        """Those of `loss`."""
         inputs = [self.embeddings_BD, self.replicated_BD, self.centers_nKD, *self.learned.values()]
         inputs += [] if self.bias_n11 is None else [self.bias_n11]
-        embeddings_BD, replicated_BD, centers_nKD, *others = torch.autograd.grad(
-            loss, inputs, allow_unused=True, materialize_grads=True
-        )
+        found = torch.autograd.grad(loss, [leaf for leaf in inputs if leaf is not None], allow_unused=True)
+        embeddings_BD, replicated_BD, *others = found
+        centers_nKD, *others = [
+            torch.zeros_like(leaf) if gradient is None else gradient
+            for leaf, gradient in zip(inputs[2:], others, strict=True)
+        ]
         bias_n11 = None if self.bias_n11 is None else others.pop()
         return Leaves(embeddings_BD, replicated_BD, centers_nKD, bias_n11, dict(zip(self.learned, others, strict=True)))
 
@@ -90,10 +94,10 @@ def head_loss(head: PartialFC, batch: GlobalBatch, in_play: ClassesInPlay, leave
     with torch.autocast(leaves.embeddings_BD.device.type, enabled=False):
         mean, state, statistics = _margin_loss(head, batch, in_play, leaves)
         loss = mean
-        for number, term in enumerate(head.auxiliaries):
+        for term in head.auxiliaries:
             assert isinstance(term, AuxiliaryTerm)
             value = term.value(leaves.embeddings_BD, batch)
-            statistics[f"auxiliary_{number}"] = value.detach()
+            statistics[term.name] = value.detach()
             loss = loss + term.weight * value
         if len(head.auxiliaries):
             statistics["margin_loss"] = mean.detach()
@@ -103,41 +107,34 @@ def head_loss(head: PartialFC, batch: GlobalBatch, in_play: ClassesInPlay, leave
 def _margin_loss(
     head: PartialFC, batch: GlobalBatch, in_play: ClassesInPlay, leaves: Leaves
 ) -> tuple[Tensor, State, dict[str, Tensor]]:
-    margin, mesh = head.margin, head.mesh
-    centers_nKD = leaves.centers_nKD
+    margin, mesh, labels_per_row = head.margin, head.mesh, batch.labels_per_row
+    centers_nKD, statistics = leaves.centers_nKD, {}
     if head.prototypes is not None:
         centers_nKD = head.prototypes.mix(centers_nKD, in_play.rows, head.step)
     bias_n = None if leaves.bias_n11 is None else leaves.bias_n11.flatten()
     similarity_Vn = batch.to_cases(similarities(leaves.embeddings_BD, centers_nKD, bias_n, margin))
-    target_V = target_similarity(similarity_Vn, in_play, mesh)
-
-    num_in_play = similarity_Vn.shape[1]
-    log_weight_n = log_weights(in_play, num_in_play, head.dtype) if head.corrects_sampling else None
-    excluded_Vn = own_classes(in_play, num_in_play, batch.labels_per_row)
-    statistics = {}
+    target_V = target_cosine(similarity_Vn, in_play, mesh)
+    log_weight_n = log_weights(in_play, similarity_Vn.shape[1], head.dtype) if head.corrects_sampling else None
+    filtered_Vn = None
     if head.interclass_filtering_threshold is not None:
-        filtered_Vn = (similarity_Vn.detach() > head.interclass_filtering_threshold) & ~excluded_Vn
+        others_Vn = exclude_own_classes(similarity_Vn.detach().clone(), in_play, labels_per_row)
+        filtered_Vn = others_Vn > head.interclass_filtering_threshold
         statistics["filtered_negatives"] = sum_over_shards((filtered_Vn & batch.valid_V[:, None]).sum(), mesh)
-        excluded_Vn = excluded_Vn | filtered_Vn
 
     def aggregate(which: Aggregate, logits_Vn: Tensor, bounded: bool) -> Tensor:
-        return aggregate_negatives(which, logits_Vn, excluded_Vn, log_weight_n, mesh=mesh, bounded=bounded)
+        # In place: logits are the largest thing there is, and nobody looks at them again.
+        logits_Vn = exclude_own_classes(logits_Vn, in_play, labels_per_row)
+        logits_Vn = logits_Vn if filtered_Vn is None else logits_Vn.masked_fill_(filtered_Vn, -math.inf)
+        return aggregate_negatives(which, logits_Vn, log_weight_n, mesh=mesh, bounded=bounded)
 
-    norm_V = noise_V = logsumexp_V = None
-    if Need.EMBEDDING_NORM in margin.needs:
-        norm_V = batch.to_cases(leaves.replicated_BD.norm(dim=1))
-    if Need.NOISE in margin.needs:
-        noise_V = normal(head.seed, _NOISE_STREAM, head.step, batch.number_V).to(head.dtype)
+    row = _row(head, batch, leaves, target_V.detach())
     if Need.NEGATIVE_LOGSUMEXP in margin.needs:
         scale = margin.statistic_scale(head.margin_state).to(head.dtype)
-        logsumexp_V = aggregate(Aggregate.LOGSUMEXP, scale * similarity_Vn.detach(), False)
-    row = Row(target_V.detach(), batch.valid_V, head.step, norm_V, noise_V, logsumexp_V, leaves.learned)
+        row = replace(row, negative_logsumexp=aggregate(Aggregate.LOGSUMEXP, scale * similarity_Vn.detach(), False))
     parameters, state = margin.prepare(row, head.margin_state)
-
-    negatives_V = aggregate(
-        margin.aggregate, negative_logits(similarity_Vn, parameters, margin=margin, mesh=mesh), head.bounded
-    )
-    own_V = margin.logit_scale(parameters) * with_margin(margin, target_V, parameters)
+    logits_Vn = negative_logits(similarity_Vn, parameters, margin=margin, mesh=mesh)
+    negatives_V = aggregate(margin.aggregate, logits_Vn, head.bounded)
+    own_V = margin.logit_scale(parameters) * target_similarity(margin, target_V, parameters)
     loss_V = margin.row_loss(own_V, negatives_V)
     regularizer_V = margin.regularizer(row)
     loss_V = loss_V if regularizer_V is None else loss_V + regularizer_V
@@ -145,9 +142,24 @@ def _margin_loss(
     return mean, state, statistics
 
 
+def _row(head: PartialFC, batch: GlobalBatch, leaves: Leaves, target_V: Tensor) -> Row:
+    """What the margin asks to know of each case, but for sums over classes."""
+    norm_V = noise_V = None
+    if Need.EMBEDDING_NORM in head.margin.needs:
+        assert leaves.replicated_BD is not None
+        norm_V = batch.to_cases(leaves.replicated_BD.norm(dim=1))
+    if Need.NOISE in head.margin.needs:
+        noise_V = normal(head.seed, _NOISE_STREAM, head.step, batch.number_V).to(head.dtype)
+    return Row(target_V, batch.valid_V, head.step, norm_V, noise_V, learned=leaves.learned)
+
+
 @dataclass
-class _PendingStep:
-    """What forward has worked out and backward carries through."""
+class PendingStep:
+    """What forward has worked out and backward carries through.
+
+    Attributes:
+        steps: bool, a scalar, equal on all ranks: whether anything moves in backward.
+    """
 
     batch: GlobalBatch
     in_play: ClassesInPlay
@@ -155,9 +167,10 @@ class _PendingStep:
     gradients: Leaves
     state: State
     statistics: dict[str, Tensor]
+    steps: Tensor
 
 
-def _begin(head: PartialFC, embeddings: Tensor, labels: Tensor) -> _PendingStep:
+def _begin(head: PartialFC, embeddings: Tensor, labels: Tensor) -> PendingStep:
     batch = head.gather_batch(
         embeddings.to(head.dtype), head.label_rows(labels), num_classes=head.partition.num_classes
     )
@@ -168,17 +181,20 @@ def _begin(head: PartialFC, embeddings: Tensor, labels: Tensor) -> _PendingStep:
         gradients = leaves.gradients(found.loss)
     # A state made from numbers with a gradient would hold on to the graphs of all steps.
     state = {name: value.detach() for name, value in found.state.items()}
-    return _PendingStep(batch, in_play, found.loss.detach(), gradients, state, found.statistics)
+    loss = found.loss.detach()
+    # The loss is the same on all ranks, so they decide alike. Without a row there is nothing to follow but momentum.
+    steps = loss.isfinite() & (batch.num_valid_rows > 0)
+    return PendingStep(batch, in_play, loss, gradients, state, found.statistics, steps)
 
 
 @torch.no_grad()
-def _finish(head: PartialFC, pending: _PendingStep) -> Tensor:
+def _finish(head: PartialFC, pending: PendingStep) -> Tensor:
     """Updates all that the head has; returns the gradient of the loss for this rank's embeddings, [b, D]."""
     batch, rows, gradients, rate = pending.batch, pending.in_play.rows, pending.gradients, head.learning_rate
     gradient_bD = reduce_scatter_equal(gradients.embeddings_BD, head.mesh)[: batch.own.stop - batch.own.start]
-    gradient_bD = gradient_bD + gradients.replicated_BD[batch.own]
-    # The loss is the same on all ranks, so they decide alike.
-    if bool(pending.loss.isfinite()):
+    if gradients.replicated_BD is not None:
+        gradient_bD = gradient_bD + gradients.replicated_BD[batch.own]
+    if bool(pending.steps):
         head.margin_state, head.statistics = pending.state, pending.statistics
         head.class_centers.update(rows, gradients.centers_nKD, learning_rate=rate)
         if head.class_bias is not None and gradients.bias_n11 is not None:
@@ -201,7 +217,7 @@ class TrainingStep(torch.autograd.Function):
     def forward(ctx: Any, embeddings: Tensor, anchor: Tensor, head: PartialFC, labels: Tensor) -> Tensor:
         """The loss, a scalar."""
         ctx.head, ctx.dtype = head, embeddings.dtype
-        ctx.pending = _begin(head, embeddings.detach(), labels)
+        ctx.pending = head.pending = _begin(head, embeddings.detach(), labels)
         loss: Tensor = ctx.pending.loss.clone()
         return loss
 
@@ -216,6 +232,6 @@ class TrainingStep(torch.autograd.Function):
             raise RuntimeError(
                 "backward was called twice on one loss of PartialFC: its class centers were updated already"
             )
-        pending, ctx.pending = ctx.pending, None
+        pending, ctx.pending, ctx.head.pending = ctx.pending, None, None
         # The incoming gradient (a loss scale, the number of ranks) belongs to the embeddings alone.
         return (_finish(ctx.head, pending) * gradients[0]).to(ctx.dtype), None, None, None

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.distributed.partition import ClassPartition
-from partialfc.head.auxiliary import owned_rows
 from partialfc.head.class_table import ClassTable
 from partialfc.head.global_batch import GlobalBatch
+from partialfc.head.sampling import owned_classes
 
 __all__ = ["PrototypeMemory", "VariationalPrototypes"]
 
@@ -68,15 +68,16 @@ class PrototypeMemory(ClassTable):
         super().__init__(partition, mesh=mesh)
         self.settings = settings
         shape = (len(partition.local_blocks), partition.block_size)
-        self._register("embedding", like.new_zeros((*shape, embedding_dim)))
-        self._register("seen", torch.full(shape, _NEVER, dtype=torch.int64, device=like.device))
+        self.add("embedding", like.new_zeros((*shape, embedding_dim)))
+        self.add("seen", torch.full(shape, _NEVER, dtype=torch.int64, device=like.device))
 
     def mix(self, centers_nKD: Tensor, rows: Tensor | None, step: int) -> Tensor:
-        """The class centers at `rows` of unit length, those that were seen lately mixed with their embedding."""
-        settings, unit_nKD = self.settings, F.normalize(centers_nKD, dim=-1)
+        """The class centers at `rows`, those of classes that were seen lately mixed with their embedding."""
+        settings = self.settings
         if step < settings.start_step:
-            return unit_nKD
-        seen_n, embedding_nD = self._select("seen", rows), self._select("embedding", rows)
+            return centers_nKD
+        unit_nKD = F.normalize(centers_nKD, dim=-1)
+        seen_n, embedding_nD = self.read("seen", rows), self.read("embedding", rows)
         counts_n = (seen_n != _NEVER) & (step - seen_n <= settings.max_age)
         weight_n11 = settings.weight * counts_n.to(unit_nKD.dtype)[:, None, None]
         return (1 - weight_n11) * unit_nKD + weight_n11 * embedding_nD[:, None]
@@ -84,9 +85,9 @@ class PrototypeMemory(ClassTable):
     @torch.no_grad()
     def update(self, batch: GlobalBatch, step: int) -> None:
         """Remembers the embeddings of a step; of a class that occurs several times, the last of the global batch."""
-        cases, classes = owned_rows(batch.labels_V, self.partition)
+        cases, classes = owned_classes(batch.labels_V, self.partition)
         classes_u, which = torch.unique(classes, return_inverse=True)
         last_u = torch.zeros_like(classes_u).scatter_reduce(0, which, cases, "amax")
         embedding_uD = F.normalize(batch.embeddings_BD[last_u // batch.labels_per_row])
-        self._write("embedding", classes_u, embedding_uD)
-        self._write("seen", classes_u, torch.full_like(classes_u, step))
+        self.write("embedding", classes_u, embedding_uD)
+        self.write("seen", classes_u, torch.full_like(classes_u, step))

@@ -277,7 +277,7 @@ class AdaCos(Margin):
             sums = torch.where(row.valid, row.negative_logsumexp, -math.inf)
             mean_of_sums = sums.logsumexp(0) - count.to(sums.dtype).log()
             theta = torch.where(row.valid, angle(row.target_cosine), math.inf).sort().values
-            median = theta[((count - 1) // 2).clamp(min=0)]
+            median = theta.gather(0, ((count - 1) // 2).clamp(min=0)[None])[0]
             estimate = (mean_of_sums / torch.cos(median.clamp(max=math.pi / 4))).to(scale.dtype)
             # Without rows, or without negatives in play, there is nothing to estimate from.
             scale = torch.where((estimate > 0) & estimate.isfinite(), estimate, scale)

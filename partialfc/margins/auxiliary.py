@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from partialfc.margins.base import check_setting
+from partialfc.margins.base import check_fields, check_setting
 
 __all__ = ["Auxiliary", "CenterLoss", "CenterTerm", "ContrastiveLoss", "PairTerm", "TripletLoss"]
 
@@ -35,6 +35,7 @@ class Auxiliary:
 
     def __post_init__(self) -> None:
         """Checks the settings; subclasses extend it."""
+        check_fields(self)
         check_setting(self, self.weight > 0, "weight", "a positive number")
 
 

@@ -15,9 +15,9 @@ Shapes: B rows of the global batch, n class centers on this rank.
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, ClassVar, Literal, get_args
 
 import torch.nn.functional as F
@@ -32,9 +32,12 @@ __all__ = [
     "Row",
     "ScaledMargin",
     "State",
+    "check_fields",
     "check_setting",
     "target_similarity",
 ]
+
+_LARGEST = 3.4e38  # of float32
 
 GradientMode = Literal["exact", "detached"]
 Parameters = Mapping[str, Tensor]
@@ -65,7 +68,8 @@ class Row:
     Attributes:
         target_cosine: [B], similarity to the row's own class center, detached. 0 where `valid` is False.
         valid: [B] bool; False for a row that is masked (label -1). Statistics must leave such rows out.
-        step: training steps done so far.
+        step: training steps done so far, also those that were skipped because the loss was not finite. What anneals
+            over the steps that were made counts them in its state.
         embedding_norm: [B], with gradient, if the margin needs `Need.EMBEDDING_NORM`.
         noise: [B], standard normal, a function of (seed, step, row of the global batch), if it needs `Need.NOISE`.
         negative_logsumexp: [B], detached, log of the sum over other classes of exp(`statistic_scale` * cos), if it
@@ -86,6 +90,18 @@ def check_setting(owner: Any, good: bool, name: str, allowed: str) -> None:
     """Raises a ValueError that names the setting of a dataclass, its value, and what is allowed, unless `good`."""
     if not good:
         raise ValueError(f"{type(owner).__name__}.{name} is {getattr(owner, name)!r}, but must be {allowed}")
+
+
+def check_fields(owner: Any) -> None:
+    """Checks that the settings of a dataclass are of their types, and numbers are finite, in float32 too."""
+    for entry in fields(owner):
+        value = getattr(owner, entry.name)
+        if entry.type == "bool":
+            check_setting(owner, isinstance(value, bool), entry.name, "True or False")
+        elif entry.type in ("int", "float") or (entry.type == "float | None" and value is not None):
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            check_setting(owner, is_number, entry.name, "a number")
+            check_setting(owner, abs(value) <= _LARGEST, entry.name, "finite, in float32 too")
 
 
 @dataclass(frozen=True)
@@ -109,8 +125,7 @@ class Margin:
 
     def __post_init__(self) -> None:
         """Checks the settings; subclasses extend it."""
-        for name, value in vars(self).items():
-            self._check(not isinstance(value, float) or math.isfinite(value), name, "finite")
+        check_fields(self)
         self._check(self.gradient in get_args(GradientMode), "gradient", f"one of {get_args(GradientMode)}")
 
     def _check(self, good: bool, name: str, allowed: str) -> None:
@@ -137,7 +152,10 @@ class Margin:
         return None
 
     def initial_state(self, num_classes: int) -> State:
-        """The state before the first step: float64 scalars. The head synchronises and checkpoints it."""
+        """The state before the first step: float64 scalars. The head checkpoints it.
+
+        Ranks do not exchange it: they agree because each of them works it out from the same global batch.
+        """
         return {}
 
     def initial_learned(self, num_classes: int) -> Mapping[str, float]:

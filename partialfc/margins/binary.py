@@ -22,7 +22,7 @@ __all__ = ["SphereFace2", "UniFace"]
 
 @dataclass(frozen=True)
 class _BinaryMargin(ScaledMargin):
-    """A margin with a learnable bias that is added to all logits, and the loss above."""
+    """A margin with a learnable bias, the same for all logits, and the loss above."""
 
     aggregate: ClassVar[Aggregate] = Aggregate.SOFTPLUS_SUM
     needs_sampling_correction: ClassVar[bool] = True
@@ -64,6 +64,7 @@ class SphereFace2(_BinaryMargin):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check(self.margin >= 0, "margin", "a number that is not negative")
         self._check(0 < self.balance < 1, "balance", "in (0, 1)")
         self._check(self.exponent >= 1, "exponent", "a number of at least 1")
         self._check(self.loss_scale > 0, "loss_scale", "a positive number")
@@ -83,11 +84,14 @@ class SphereFace2(_BinaryMargin):
         level = 2 * 0.5**self.exponent - 1
         own, other = self.scale * (level - self.margin), self.scale * (level + self.margin)
         ratio = self.balance / ((1 - self.balance) * (num_classes - 1))
-        root = math.sqrt((1 - ratio) ** 2 + 4 * ratio * math.exp(own - other))
+        # In logarithms, since exp(own - other) may be too small for a number.
+        log_gap = math.log(abs(1 - ratio)) if ratio != 1 else -math.inf
+        log_root = _log_sum(2 * log_gap, math.log(4 * ratio) + own - other) / 2
+        log_sum = _log_sum(log_gap, log_root)
         # Two forms of the positive root, of which one cancels: with few classes the other.
         if ratio > 1:
-            return {"bias": math.log((ratio - 1 + root) / 2) - own}
-        return {"bias": math.log(2 * ratio) - other - math.log(1 - ratio + root)}
+            return {"bias": log_sum - math.log(2) - own}
+        return {"bias": math.log(2 * ratio) - other - log_sum}
 
     def _shape(self, cosine: Tensor) -> Tensor:
         # Rounding may bring a cosine below -1, and a power of a negative number is none.
@@ -138,3 +142,8 @@ class UniFace(_BinaryMargin):
     def negative(self, cosine_Bn: Tensor, parameters: Parameters) -> Tensor:
         """[B, n] -> [B, n], cos - b / s."""
         return cosine_Bn - parameters["bias"][:, None]
+
+
+def _log_sum(first: float, second: float) -> float:
+    """The function log(exp(first) + exp(second)) of two numbers that are not both -inf."""
+    return max(first, second) + math.log1p(math.exp(-abs(first - second)))

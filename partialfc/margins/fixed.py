@@ -45,7 +45,8 @@ class NormFace(ScaledMargin):
     Wang, Xiang, Cheng and Yuille, "NormFace: L2 Hypersphere Embedding for Face Verification", ACM MM 2017, eq. 6.
 
     Attributes:
-        learned: whether the scale is trained too (section 3.3 of the paper), from `scale` on.
+        learned: whether the scale is trained too (section 3.3 of the paper), from `scale` on. It is the magnitude of
+            the learned number, so that it cannot turn the loss around.
     """
 
     scale: float = 64.0
@@ -62,7 +63,7 @@ class NormFace(ScaledMargin):
 
     def prepare(self, row: Row, state: State) -> tuple[Parameters, State]:
         """The trained scale, the same for each row."""
-        return {name: value.expand_as(row.target_cosine) for name, value in row.learned.items()}, state
+        return {name: value.abs().expand_as(row.target_cosine) for name, value in row.learned.items()}, state
 
     def logit_scale(self, parameters: Parameters) -> float | Tensor:
         """The scale, trained or not."""
@@ -156,6 +157,7 @@ class CircleLoss(ScaledMargin):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check(-1 < self.margin < 1, "margin", "in (-1, 1)")
+        self._check(self.gradient == "exact", "gradient", "'exact', in which the weights are constants of the step")
 
     def target(self, cosine_B: Tensor, parameters: Parameters) -> Tensor:
         """[B] -> [B], the weighted similarity to the own class."""

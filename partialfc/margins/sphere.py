@@ -13,6 +13,8 @@ from partialfc.margins.base import Margin, Need, Parameters, Row, ScaledMargin, 
 
 __all__ = ["FNormSphereFace", "SphereFace"]
 
+_LARGEST_MULTIPLE = 32
+
 
 @dataclass(frozen=True)
 class _AnnealedMultipleAngle(Margin):
@@ -66,7 +68,7 @@ class SphereFace(_AnnealedMultipleAngle):
     is that of the authors' training configuration.
 
     Attributes:
-        margin: m, an integer.
+        margin: m, an integer from 1 to 32.
     """
 
     margin: int = 4
@@ -75,7 +77,8 @@ class SphereFace(_AnnealedMultipleAngle):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(self.margin >= 1 and self.margin == int(self.margin), "margin", "an integer of at least 1")
+        good = 1 <= self.margin <= _LARGEST_MULTIPLE and self.margin == int(self.margin)
+        self._check(good, "margin", f"an integer from 1 to {_LARGEST_MULTIPLE}")
 
     @property
     def _multiple(self) -> float:
@@ -100,7 +103,7 @@ class FNormSphereFace(ScaledMargin, _AnnealedMultipleAngle):
     train it with s = 30 or 64, m = 1.7, the detached gradient and no annealing.
 
     Attributes:
-        margin: m, a number of at least 1.
+        margin: m, a number from 1 to 32.
     """
 
     scale: float = 64.0
@@ -108,7 +111,7 @@ class FNormSphereFace(ScaledMargin, _AnnealedMultipleAngle):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check(self.margin >= 1, "margin", "a number of at least 1")
+        self._check(1 <= self.margin <= _LARGEST_MULTIPLE, "margin", f"a number from 1 to {_LARGEST_MULTIPLE}")
 
     @property
     def _multiple(self) -> float:

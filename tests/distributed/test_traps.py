@@ -127,7 +127,7 @@ def check_learned_scale(rank: int) -> None:
     total = sum(math.exp(2.0 * c) for c in cosines)
     slope = sum(c * math.exp(2.0 * c) / total for c in cosines) - cosines[0]
     assert head.learned is not None
-    close(float(head.learned.value), 2.0 - slope)
+    close(float(head.learned.values()["scale"]), 2.0 - slope)
 
 
 def check_filtered_negatives_are_counted(rank: int) -> None:
@@ -149,7 +149,7 @@ def check_several_heads(rank: int) -> None:
     faces, products = ([at(30), at(100)], [at(200)]) if rank == 0 else ([], [at(300), at(20)])
     labels = ([0, 1], [2]) if rank == 0 else ([], [3, 1])
     embeddings = torch.tensor([*faces, *products], dtype=torch.float64).requires_grad_()
-    by_name = {name: torch.tensor(own, dtype=torch.int64) for name, own in zip(heads.heads, labels, strict=True)}
+    by_name = {name: torch.tensor(own, dtype=torch.int64) for name, own in zip(heads.names, labels, strict=True)}
     loss = heads(embeddings, by_name)
     loss.backward()
     first, face_gradient = step(build(CosFace(scale=2.0)), faces, labels[0])

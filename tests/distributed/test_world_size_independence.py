@@ -19,8 +19,9 @@ from partialfc.backbones import VisionTransformer
 from partialfc.distributed.collectives import gather_rows
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.engine import DDPEngine
+from partialfc.head import VariationalPrototypes
 from partialfc.keyed import normal, randint
-from partialfc.margins import ArcFace
+from partialfc.margins import AdaFace, ArcFace, CenterLoss, Softmax, TripletLoss, UniFace
 
 NUM_CLASSES, DIM, IMAGE_SIZE, STEPS = 130, 16, 16, 20
 # The global batch of 8, cut into the batches of the ranks.
@@ -30,6 +31,16 @@ GROUPS = ((2,), (1, 3), (0, 2, 3), (0, 1, 2, 3))
 # A margin that uses everything a margin may, with sampling, and the usual one without.
 RUNS: dict[str, dict[str, Any]] = {
     "sampled": {"margin": ProbeMargin(scale=8.0), "sample_rate": 0.3, "optimizer": CenterSGD(learning_rate=0.05)},
+    "everything": {
+        "margin": UniFace(scale=8.0),
+        "sample_rate": 0.3,
+        "auxiliaries": [CenterLoss(weight=0.1), TripletLoss(weight=0.3)],
+        "variational": VariationalPrototypes(start_step=2),
+        "interclass_filtering_threshold": 0.5,
+        "optimizer": CenterSGD(learning_rate=0.01),
+    },
+    "sub-centers": {"margin": AdaFace(scale=16.0), "num_subcenters": 3, "optimizer": CenterSGD(learning_rate=0.05)},
+    "biases": {"margin": Softmax(scale=4.0), "sample_rate": 0.3, "optimizer": CenterAdamW(learning_rate=0.01)},
     "full": {"margin": ArcFace(scale=16.0), "sample_rate": 1.0, "optimizer": CenterAdamW(learning_rate=0.01)},
 }
 

@@ -206,17 +206,39 @@ def test_the_state_of_a_loss_survives_a_resume(tmp_path: Path, data: Path, ranks
     assert lines[-1]["third/norm_mean"] != 20.0
     assert lines[-1]["second/bias"] != lines[0]["second/bias"]
     for name in (
-        "second.learned.value",
-        "second.learned.updates",
+        "second.learned.value_bias",
+        "second.learned.updates_bias",
         "third.prototypes.seen",
         "main.class_centers.momentum",
     ):
-        assert f"/head/heads.{name}" in straight
-    assert bool(straight["/head/heads.third.auxiliaries.0.centers.weight"].any())
+        assert f"/head/head_{name}" in straight
+    assert bool(straight["/head/head_third.auxiliaries.0.centers.weight"].any())
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     train()
     assert _losses(run) == losses
     _assert_same(_checkpoint_tensors(run, "step-00000006"), straight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("head.margin={name: AdaFace}", "was saved with margin_with_memory None, but this run has 'AdaFace'"),
+        ("head.num_subcenters=2", "was saved with num_subcenters 1, but this run has 2"),
+        ("head.auxiliaries=[{name: CenterLoss}]", "was saved with auxiliaries [], but this run has ['CenterLoss']"),
+        ("head.variational={}", "was saved with variational False, but this run has True"),
+        ("head.optimizer.name=adamw", "was saved with center_optimizer 'CenterSGD', but this run has 'CenterAdamW'"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_memory(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
+) -> None:
+    evaluation = {"at_start": False, "enabled": False}
+    config = _config(tmp_path, data, evaluation=evaluation, training={"epochs": 0.1})
+    assert main(["train", str(config)]) == 0
+    assert main(["train", str(config), change]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "give the run the old value, or another run.directory" in error
 
 
 def test_a_run_does_not_go_on_without_one_of_its_tasks(
@@ -262,7 +284,7 @@ def test_a_run_does_not_go_on_without_one_of_its_tasks(
                     "x": {"data_directory": "/no/x", "global_batch_size": 4, "head": {"margin": {"name": "CosFace"}}}
                 }
             },
-            "/no/x",
+            "tasks.x.data_directory: /no/x/train",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -12,14 +13,17 @@ from torch import Tensor
 
 from partialfc import CenterAdamW, CenterSGD, HeadGroup, PartialFC
 from partialfc.head import VariationalPrototypes, reference_loss
+from partialfc.head.auxiliary import _Distance
 from partialfc.margins import (
     AdaCos,
     AdaFace,
     ArcFace,
     CenterLoss,
     CosFace,
+    CurricularFace,
     NormFace,
     Softmax,
+    SphereFace,
     SphereFace2,
     TripletLoss,
     UniFace,
@@ -77,7 +81,7 @@ def test_the_weight_of_a_drawn_class_is_the_inverse_of_its_probability():
     weights[in_play.rows] = 1 / head.sampler.inclusion_probability
     weights[labels] = 1.0
     cosines = F.normalize(embeddings.detach()) @ F.normalize(head.gather_class_centers()).T
-    bias = float(head.learned.value)
+    bias = float(head.learned.values()["bias"])
     g = 2 * ((cosines + 1) / 2) ** 3 - 1
     negative = F.softplus(40 * (g + 0.4) + bias, threshold=50)
     own = F.softplus(-(40 * (g - 0.4) + bias), threshold=50).gather(1, labels[:, None])[:, 0]
@@ -238,8 +242,8 @@ def test_terms_are_added_with_their_weights_and_the_whole_is_weighted():
     seen = head.diagnostics()
     plain = build(optimizer=STILL)(rows(5), labels)
     assert seen["margin_loss"] == pytest.approx(float(plain.detach()), rel=1e-12)
-    assert seen["auxiliary_0"] == pytest.approx(0.5 * float(embeddings.detach().square().sum()) / 5, rel=1e-12)
-    expected = 0.1 * (seen["margin_loss"] + 0.5 * seen["auxiliary_0"] + 2.0 * seen["auxiliary_1"])
+    assert seen["CenterLoss"] == pytest.approx(0.5 * float(embeddings.detach().square().sum()) / 5, rel=1e-12)
+    expected = 0.1 * (seen["margin_loss"] + 0.5 * seen["CenterLoss"] + 2.0 * seen["TripletLoss"])
     assert float(loss.detach()) == pytest.approx(expected, rel=1e-12)
 
 
@@ -258,9 +262,10 @@ def test_a_loss_that_is_not_finite_leaves_everything_a_head_has():
         assert all(torch.equal(head.margin_state[name], value) for name, value in state.items())
 
 
-def test_a_head_with_everything_goes_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("margin", [UniFace(scale=8.0), AdaFace(scale=8.0), AdaCos(), SphereFace()], ids=str)
+def test_a_head_with_everything_goes_on_bit_for_bit(tmp_path, margin):
     options: dict[str, Any] = {
-        "margin": UniFace(scale=8.0),
+        "margin": margin,
         "sample_rate": 0.4,
         "auxiliaries": [CenterLoss()],
         "variational": VariationalPrototypes(start_step=1),
@@ -291,7 +296,9 @@ def test_a_head_with_everything_goes_on_bit_for_bit(tmp_path):
     [
         ({"num_subcenters": 0}, "num_subcenters is 0, but must be at least 1"),
         ({"labels_per_row": 0}, "labels_per_row is 0, but must be at least 1"),
-        ({"loss_weight": 0.0}, "loss_weight is 0.0, but must be positive"),
+        ({"loss_weight": 0.0}, "loss_weight is 0.0, but must be positive and finite"),
+        ({"loss_weight": math.inf}, "loss_weight is inf, but must be positive and finite"),
+        ({"variational": {"weight": 0.1}}, "variational is {'weight': 0.1}, but must be VariationalPrototypes or None"),
         ({"margin": "ArcFace"}, "margin is 'ArcFace', but must be a margin of partialfc.margins, such as ArcFace()"),
         (
             {"margin": UniFace(), "sampling_correction": False},
@@ -384,6 +391,124 @@ def test_rows_that_do_not_fit_a_group_are_named(labels, message):
     assert str(error.value) == message
 
 
-def test_a_group_needs_a_head():
+def test_a_group_needs_a_head_and_names():
     with pytest.raises(ValueError, match=r"^a group of heads needs at least one head$"):
         HeadGroup({})
+    for name in ("", "a.b"):
+        message = f"a head is called '{name}', but a name must not be empty and have no dot"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            HeadGroup({name: build()})
+
+
+def test_a_group_takes_heads_of_their_own():
+    head = build()
+    for heads, name in (({"a": head, "b": head}, "a"), ({"a": build(), "b": torch.nn.Identity()}, "b")):
+        with pytest.raises(ValueError, match=f"^head '{name}' must be a PartialFC of its own$"):
+            HeadGroup(heads)
+
+
+@pytest.mark.parametrize("labels", [[], [-1, -1]])
+def test_a_batch_without_a_valid_row_moves_nothing(labels):
+    # Not even by momentum, decay or the count of an annealing.
+    head = build(margin=SphereFace(), auxiliaries=[CenterLoss()])
+    head(rows(3), torch.arange(3)).backward()
+    before, iteration = head.gather_class_centers(), head.margin_state["iteration"]
+    loss = head(rows(len(labels)), torch.tensor(labels, dtype=torch.int64))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert torch.equal(head.gather_class_centers(), before)
+    assert torch.equal(head.margin_state["iteration"], iteration)
+    assert head.step == 2
+
+
+def test_a_number_that_one_margin_learned_is_not_loaded_as_that_of_another():
+    with pytest.raises(RuntimeError, match=r'Missing key.*"learned.value_bias"'):
+        build(margin=UniFace()).load_state_dict(build(margin=NormFace(learned=True)).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (0.0, "class center (3,) is zero, but a cosine needs a direction; draw it at random instead"),
+        (math.nan, "class centers have numbers that are not finite"),
+    ],
+)
+def test_class_centers_without_a_direction_are_refused(bad, message):
+    head = build()
+    before = head.gather_class_centers()
+    centers = before.clone()
+    centers[3] = bad
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        head.set_class_centers(centers)
+    assert str(error.value) == message
+    assert torch.equal(head.gather_class_centers(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_head_stays_out_of_half_precision(dtype):
+    head = build()
+    with pytest.raises(ValueError, match=f"^dtype is {dtype}, but class centers are stored in torch.float32 or"):
+        head.to(dtype)
+    assert head.dtype == torch.float64
+
+
+def test_heads_may_have_names_that_modules_have():
+    heads = HeadGroup({"train": build(), "type": build()})
+    heads(rows(3), {"type": torch.tensor([1, 2]), "train": torch.tensor([3])}).backward()
+    assert heads.diagnostics() == {}
+    assert heads["train"].step == heads["type"].step == 1
+    assert "head_train.class_centers.weight" in heads.state_dict()
+
+
+def test_one_bad_row_stops_all_heads_of_a_group():
+    margins = {"good": CurricularFace(scale=8.0), "bad": UniFace(scale=8.0)}
+    heads = HeadGroup({name: build(margin=margin, auxiliaries=[CenterLoss()]) for name, margin in margins.items()})
+    labels = {"good": torch.tensor([1, 2]), "bad": torch.tensor([3])}
+    heads(rows(3), labels).backward()
+    before = {name: value.clone() for name, value in heads.state_dict().items() if "extra" not in name}
+    t = heads["good"].margin_state["t"]
+    embeddings = rows(3, 1)
+    with torch.no_grad():
+        embeddings[2, 0] = math.nan
+    loss = heads(embeddings, labels)
+    assert bool(loss.isnan())
+    loss.backward()
+    assert all(torch.equal(heads.state_dict()[name], value) for name, value in before.items())
+    assert torch.equal(heads["good"].margin_state["t"], t)
+    heads(rows(3, 2), labels).backward()
+    assert not torch.equal(
+        heads.state_dict()["head_good.class_centers.weight"], before["head_good.class_centers.weight"]
+    )
+
+
+def test_terms_of_one_kind_are_told_apart():
+    head = build(auxiliaries=[TripletLoss(), TripletLoss(soft=True)])
+    head(rows(4), torch.tensor([1, 1, 2, 2])).backward()
+    assert head.diagnostics().keys() == {"margin_loss", "TripletLoss", "TripletLoss_2"}
+
+
+def test_the_state_of_a_margin_follows_the_head_to_another_device():
+    head = build(margin=SphereFace()).to("meta")
+    assert head.margin_state["iteration"].device.type == "meta"
+    assert head.margin_state["iteration"].dtype == torch.float64
+
+
+def test_the_gradient_of_a_learned_scale_cannot_turn_the_loss_around():
+    # Labels that have nothing to do with the embeddings: the best scale is 0, and the steps are long.
+    head = build(margin=NormFace(scale=2.0, learned=True), optimizer=CenterSGD(learning_rate=2.0))
+    for step in range(30):
+        loss = head(rows(16, step), torch.arange(16))
+        loss.backward()
+        assert float(loss.detach()) < 6.0
+    assert float(head.learned.values()["scale"]) < 0
+
+
+def test_distances_have_the_derivative_of_distances():
+    x, y = rows(3, 1).detach(), rows(4, 2).detach()
+    y[1] = x[2]
+    distance = _Distance.apply(x, y)
+    torch.testing.assert_close(distance, (x[:, None] - y).square().sum(2).sqrt(), rtol=0, atol=1e-12)
+    assert torch.autograd.gradcheck(_Distance.apply, (rows(3, 1), rows(4, 2)))
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(_Distance.apply(leaf, leaf)[0, 0], leaf)
+    assert not bool(gradient.any())

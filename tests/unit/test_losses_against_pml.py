@@ -187,7 +187,7 @@ def term_by_head(term: PairTerm) -> tuple[float, Tensor]:
     head.set_class_centers(centers[:, 0])
     both = head(embeddings.requires_grad_(), LABELS)
     both.backward()
-    value = head.diagnostics()["auxiliary_0"]
+    value = head.diagnostics()[type(term).__name__]
     assert float(both.detach()) == pytest.approx(float(loss) + term.weight * value, rel=1e-12)
     assert head.diagnostics()["margin_loss"] == pytest.approx(float(loss), rel=1e-12)
     return value, (embeddings.grad - gradient) / term.weight

@@ -186,7 +186,7 @@ def test_arcface_and_cosface_are_cases_of_the_combined_margin():
     ("build", "message"),
     [
         (lambda: ArcFace(scale=0), "ArcFace.scale is 0, but must be a positive number"),
-        (lambda: CosFace(scale=math.nan), "CosFace.scale is nan, but must be finite"),
+        (lambda: CosFace(scale=math.nan), "CosFace.scale is nan, but must be finite, in float32 too"),
         (lambda: Softmax(gradient="half"), "Softmax.gradient is 'half', but must be one of ('exact', 'detached')"),
         (lambda: ArcFace(margin=-0.1), "ArcFace.margin is -0.1, but must be in [0, pi), in radians"),
         (lambda: ArcFace(margin=28.6), "ArcFace.margin is 28.6, but must be in [0, pi), in radians"),

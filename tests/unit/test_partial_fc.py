@@ -377,7 +377,7 @@ def test_bad_batches_are_named(embeddings, labels, message):
             {"dtype": torch.bfloat16},
             "dtype is torch.bfloat16, but class centers are stored in torch.float32 or torch.float64",
         ),
-        (10, 8, {"init_std": 0.0}, "init_std is 0.0, but must be positive"),
+        (10, 8, {"init_std": 0.0}, "init_std is 0.0, but must be positive and finite"),
     ],
 )
 def test_bad_arguments_are_named(num_classes, embedding_dim, options, message):

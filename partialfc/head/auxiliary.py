@@ -121,9 +121,9 @@ _KINDS: dict[Kind, Callable[..., AuxiliaryTerm]] = {"centers": _Centers, "pairs"
 
 def build_auxiliaries(
     terms: Sequence[Auxiliary], partition: ClassPartition, embedding_dim: int, *, mesh: ShardMesh, like: Tensor
-) -> nn.ModuleList:
+) -> list[AuxiliaryTerm]:
     """The sharded form of `terms`; what they store is of the dtype and on the device of `like`."""
-    modules = nn.ModuleList()
+    modules = []
     for number, term in enumerate(terms):
         sharded = _KINDS[term.kind](term, partition, embedding_dim, mesh, like)
         name = type(term).__name__

@@ -117,7 +117,8 @@ class PartialFC(nn.Module):
             self.class_bias = ClassCenters(self.partition, (1, 1), optimizer=plain, init_std=0.0, **sharding)
         learned = margin.initial_learned(num_classes)
         self.learned = LearnedNumbers(learned, optimizer=plain, like=table["like"]) if learned else None
-        self.auxiliaries = build_auxiliaries(auxiliaries, self.partition, embedding_dim, **table)
+        self.auxiliary_terms = build_auxiliaries(auxiliaries, self.partition, embedding_dim, **table)
+        self.auxiliaries = nn.ModuleList(self.auxiliary_terms)
         self.prototypes: PrototypeMemory | None = None
         if variational is not None:
             self.prototypes = PrototypeMemory(variational, self.partition, embedding_dim, **table)

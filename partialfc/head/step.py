@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from partialfc.distributed.collectives import reduce_scatter_equal, sum_over_shards
-from partialfc.head.auxiliary import AuxiliaryTerm
 from partialfc.head.global_batch import GlobalBatch
 from partialfc.head.sampling import ClassesInPlay
 from partialfc.head.sharded_loss import (
@@ -94,12 +93,11 @@ def head_loss(head: PartialFC, batch: GlobalBatch, in_play: ClassesInPlay, leave
     with torch.autocast(leaves.embeddings_BD.device.type, enabled=False):
         mean, state, statistics = _margin_loss(head, batch, in_play, leaves)
         loss = mean
-        for term in head.auxiliaries:
-            assert isinstance(term, AuxiliaryTerm)
+        for term in head.auxiliary_terms:
             value = term.value(leaves.embeddings_BD, batch)
             statistics[term.name] = value.detach()
             loss = loss + term.weight * value
-        if len(head.auxiliaries):
+        if head.auxiliary_terms:
             statistics["margin_loss"] = mean.detach()
     return HeadLoss(head.loss_weight * loss, state, statistics)
 
@@ -201,8 +199,7 @@ def _finish(head: PartialFC, pending: PendingStep) -> Tensor:
             head.class_bias.update(rows, gradients.bias_n11, learning_rate=rate)
         if head.learned is not None:
             head.learned.update(gradients.learned, learning_rate=rate)
-        for term in head.auxiliaries:
-            assert isinstance(term, AuxiliaryTerm)
+        for term in head.auxiliary_terms:
             term.update(batch)
         if head.prototypes is not None:
             head.prototypes.update(batch, head.step)

@@ -1,6 +1,6 @@
 """Every loss with a backbone in half precision: 100 steps at 100,000 classes end where those in float32 end.
 
-With 3 % of the classes sampled; `make soak` runs the full softmax too.
+With 2 % of the classes sampled; `make soak` runs the full softmax too.
 """
 
 from __future__ import annotations
@@ -14,14 +14,28 @@ from torch import Tensor, nn
 
 from partialfc import CenterSGD, PartialFC
 from partialfc.keyed import normal, randint
-from partialfc.margins import MARGINS, ArcFace, CenterLoss, ContrastiveLoss, ElasticFace, Margin, NormFace, TripletLoss
+from partialfc.margins import (
+    MARGINS,
+    ArcFace,
+    CenterLoss,
+    ContrastiveLoss,
+    ElasticFace,
+    Margin,
+    NormFace,
+    SphereFace2,
+    TripletLoss,
+    UniFace,
+)
 from partialfc.optim import build_optimizer
 
-NUM_CLASSES, FEATURES, DIM, BATCH, STEPS = 100_000, 48, 32, 32, 100
+NUM_CLASSES, FEATURES, DIM, BATCH, STEPS = 100_000, 48, 128, 32, 100
 # Labels come from few classes, spread over all, so that 100 steps learn something.
 NUM_SEEN = 256
 LOSSES: dict[str, tuple[Margin, dict[str, Any]]] = {
     **{name: (margin(), {}) for name, margin in MARGINS.items()},
+    # A bias that all classes pull on wants a lower rate.
+    "SphereFace2": (SphereFace2(), {"optimizer": CenterSGD(learning_rate=0.01)}),
+    "UniFace": (UniFace(), {"optimizer": CenterSGD(learning_rate=0.01)}),
     "ElasticFace+": (ElasticFace(sort=True), {}),
     "NormFace, learned": (NormFace(learned=True), {}),
     "ArcFace, detached": (ArcFace(gradient="detached"), {}),
@@ -51,9 +65,8 @@ def train(name: str, sample_rate: float, dtype: torch.dtype) -> Tensor:
         DIM,
         margin=margin,
         sample_rate=sample_rate,
-        optimizer=CenterSGD(learning_rate=0.1),
         init_std=0.1,
-        **options,
+        **{"optimizer": CenterSGD(learning_rate=0.1), **options},
     )
     # Loss scaling, without which gradients of half precision vanish: the head's own part knows nothing of it.
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=dtype == torch.float16)
@@ -90,7 +103,7 @@ def check(name: str, sample_rate: float) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_half_precision_ends_where_float32_ends(name: str) -> None:
-    check(name, 0.03)
+    check(name, 0.02)
 
 
 @pytest.mark.soak

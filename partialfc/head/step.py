@@ -97,8 +97,6 @@ def head_loss(head: PartialFC, batch: GlobalBatch, in_play: ClassesInPlay, leave
             value = term.value(leaves.embeddings_BD, batch)
             statistics[term.name] = value.detach()
             loss = loss + term.weight * value
-        if head.auxiliary_terms:
-            statistics["margin_loss"] = mean.detach()
     return HeadLoss(head.loss_weight * loss, state, statistics)
 
 
@@ -137,6 +135,10 @@ def _margin_loss(
     regularizer_V = margin.regularizer(row)
     loss_V = loss_V if regularizer_V is None else loss_V + regularizer_V
     mean = torch.where(batch.valid_V, loss_V, 0.0).sum() / batch.num_valid_rows.clamp(min=1)
+    statistics["margin_loss"] = mean.detach()
+    if row.embedding_norm is not None:
+        norms = torch.where(batch.valid_V, row.embedding_norm.detach(), 0.0)
+        statistics["embedding_norm"] = norms.sum() / batch.valid_V.sum().clamp(min=1)
     return mean, state, statistics
 
 

@@ -21,6 +21,7 @@ from partialfc.margins import (
     CenterLoss,
     CosFace,
     CurricularFace,
+    MagFace,
     NormFace,
     Softmax,
     SphereFace,
@@ -455,7 +456,7 @@ def test_a_head_stays_out_of_half_precision(dtype):
 def test_heads_may_have_names_that_modules_have():
     heads = HeadGroup({"train": build(), "type": build()})
     heads(rows(3), {"type": torch.tensor([1, 2]), "train": torch.tensor([3])}).backward()
-    assert heads.diagnostics() == {}
+    assert heads.diagnostics().keys() == {"train/margin_loss", "type/margin_loss"}
     assert heads["train"].step == heads["type"].step == 1
     assert "head_train.class_centers.weight" in heads.state_dict()
 
@@ -485,6 +486,14 @@ def test_terms_of_one_kind_are_told_apart():
     head = build(auxiliaries=[TripletLoss(), TripletLoss(soft=True)])
     head(rows(4), torch.tensor([1, 1, 2, 2])).backward()
     assert head.diagnostics().keys() == {"margin_loss", "TripletLoss", "TripletLoss_2"}
+
+
+def test_the_norms_of_embeddings_are_shown_where_they_matter():
+    head = build(margin=MagFace(scale=8.0))
+    embeddings = rows(3)
+    head(embeddings, torch.tensor([1, -1, 2])).backward()
+    expected = float(embeddings.detach()[[0, 2]].norm(dim=1).mean())
+    assert head.diagnostics()["embedding_norm"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_state_of_a_margin_follows_the_head_to_another_device():

@@ -81,14 +81,8 @@ class ClassCenters(ClassTable):
 
     @torch.no_grad()
     def set(self, centers: Tensor) -> None:
-        """Takes this rank's rows of `centers` [num_classes, K, D]; optimizer state starts anew.
-
-        Raises:
-            ValueError: if the shape is another.
-        """
-        expected = (self.partition.num_classes, *self.weight.shape[2:])
-        if tuple(centers.shape) != expected:
-            raise ValueError(f"class centers have shape {tuple(centers.shape)}, but must have {expected}")
+        """Takes this rank's rows of `centers` [num_classes, K, D]; optimizer state starts anew."""
+        assert centers.shape == (self.partition.num_classes, *self.weight.shape[2:])
         start = self.partition.class_start
         self.write("weight", None, centers[start : start + self.partition.num_local_classes])
         for name, value in self.optimizer.initial_state(self.weight).items():

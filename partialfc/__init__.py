@@ -1,7 +1,7 @@
 """Distributed Partial-FC: identity embeddings over millions of classes, sharded, sampled and exact."""
 
-from partialfc.head import CenterAdamW, CenterSGD, HeadGroup, PartialFC
+from partialfc.head import CenterAdagrad, CenterAdamW, CenterSGD, HeadGroup, PartialFC
 
 __version__ = "0.1.0"
 
-__all__ = ["CenterAdamW", "CenterSGD", "HeadGroup", "PartialFC", "__version__"]
+__all__ = ["CenterAdagrad", "CenterAdamW", "CenterSGD", "HeadGroup", "PartialFC", "__version__"]

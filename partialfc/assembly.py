@@ -26,11 +26,27 @@ from partialfc.head import HeadGroup, PartialFC
 from partialfc.keyed import hash64
 from partialfc.optim import build_optimizer
 
-__all__ = ["Run", "Task", "assemble", "checkpoint_facts", "checkpoint_state", "resume", "task_loader"]
+__all__ = ["Run", "Task", "assemble", "build_head", "checkpoint_facts", "checkpoint_state", "resume", "task_loader"]
 
 logger = logging.getLogger(__name__)
 
 _TASK_STREAM = 5  # keeps these hashes apart from those of other parts that use the same seed
+
+# Settings of a head that `PartialFC` takes under the same name.
+_SAME_ARGUMENTS = (
+    "margin",
+    "sample_rate",
+    "sampling",
+    "sampling_correction",
+    "num_subcenters",
+    "interclass_filtering_threshold",
+    "variational",
+    "auxiliaries",
+    "loss_weight",
+    "fused",
+    "offload",
+    "init_std",
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ def assemble(config: Config, mesh: ShardMesh, device: torch.device) -> Run:
         image_size=config.data.image_size,
         **config.backbone.options,
     ).to(device)
-    heads = HeadGroup({name: _build_head(name, task, config, mesh, device) for name, task in tasks.items()})
+    heads = HeadGroup({name: build_head(name, task, config, mesh, device) for name, task in tasks.items()})
     main = tasks["main"]
     total_steps = math.ceil(config.training.epochs * main.index.num_samples / main.global_batch_size)
     store = CheckpointStore(config.run.directory / "checkpoints", mesh=mesh, keep_last=config.checkpoint.keep_last)
@@ -128,26 +144,25 @@ def _open_tasks(config: Config) -> dict[str, Task]:
     return tasks
 
 
-def _build_head(name: str, task: Task, config: Config, mesh: ShardMesh, device: torch.device) -> PartialFC:
+def build_head(name: str, task: Task, config: Config, mesh: ShardMesh, device: torch.device) -> PartialFC:
+    """The head of one task.
+
+    Raises:
+        ValueError: with the path of the setting, if one does not go with the data or with another.
+    """
     settings, path = task.head, "head" if name == "main" else f"tasks.{name}.head"
     num_classes = _num_classes(task, path)
     try:
         return PartialFC(
             num_classes,
             config.backbone.embedding_dim,
-            margin=settings.margin,
-            sample_rate=settings.sample_rate,
-            sampling_correction=settings.sampling_correction,
-            num_subcenters=settings.num_subcenters,
-            interclass_filtering_threshold=settings.interclass_filtering_threshold,
-            variational=settings.variational,
-            auxiliaries=settings.auxiliaries,
-            loss_weight=settings.loss_weight,
             optimizer=settings.center_optimizer,
-            init_std=settings.init_std,
+            dtype=getattr(torch, settings.dtype),
+            matmul_dtype=None if settings.matmul_dtype == "float32" else getattr(torch, settings.matmul_dtype),
             device=device,
             seed=task.seed,
             process_group=mesh.group,
+            **{name: getattr(settings, name) for name in _SAME_ARGUMENTS},
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -198,6 +213,7 @@ def checkpoint_facts(run: Run) -> dict[str, Any]:
             "auxiliaries": [type(term).__name__ for term in task.head.auxiliaries],
             "variational": task.head.variational is not None,
             "center_optimizer": type(task.head.center_optimizer).__name__,
+            "center_storage": head.class_centers.storage,
         }
         facts |= {f"{prefix}{key}": value for key, value in task_facts.items()}
     return facts

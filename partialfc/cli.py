@@ -1,4 +1,4 @@
-"""The command line: `partialfc train | evaluate | data ... | config-schema`."""
+"""The command line: `partialfc train | evaluate | plan | data ... | config-schema`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, or 2 with one message on standard error for a user's mistake."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     # Imported late: the message of a mistyped command need not wait for torch.
     from partialfc.checkpoint import CheckpointError
@@ -51,6 +51,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     verification = evaluate_run(options.run)
     if rank_from_environment() == 0:
         print(result_table({"trained": verification}))
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from partialfc.config import load_config
+    from partialfc.plan import Machine, make_plan, parse_bytes, plan_table
+
+    memory_bytes = parse_bytes(options.gpu_memory, name="--gpu-memory")
+    machine = Machine(options.gpus, memory_bytes, options.tflops, options.tflops_fp32, options.bandwidth)
+    config = load_config(options.config, options.overrides)
+    print(plan_table(make_plan(config, machine, identities=options.identities)))
 
 
 def _schema(options: argparse.Namespace) -> None:
@@ -121,6 +131,17 @@ class _progress:  # noqa: N801
             self._bar.close()
 
 
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """As `parse_args`, but overrides may also come after options, where argparse no longer looks for them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and hasattr(options, "overrides") and not any(text.startswith("-") for text in rest):
+        options.overrides, rest = [*options.overrides, *rest], []
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="partialfc", description="Partial-FC training over millions of identities.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -134,11 +155,25 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", type=Path, help="the run.directory of a training")
     evaluate.set_defaults(command=_evaluate)
 
+    _add_plan_command(commands.add_parser("plan", help="what a configuration needs: memory, time, communication"))
+
     schema = commands.add_parser("config-schema", help="print the JSON schema of configuration files, for editors")
     schema.set_defaults(command=_schema)
 
     _add_data_commands(commands.add_parser("data", help="make and look at data sets"))
     return parser
+
+
+def _add_plan_command(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("config", type=Path, help="a YAML file; its data need not exist")
+    plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override one value of the file")
+    plan.add_argument("--gpus", type=int, required=True, help="how many, one rank on each")
+    plan.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each, such as 80GiB, 80GB or 512MiB")
+    plan.add_argument("--identities", type=int, default=None, help="default: head.num_classes, or those of the data")
+    plan.add_argument("--tflops", type=float, default=989.0, help="of 16-bit products; default: %(default)s (H100 SXM)")
+    plan.add_argument("--tflops-fp32", type=float, default=67.0, help="of float32 products; default: %(default)s")
+    plan.add_argument("--bandwidth", type=float, default=3350.0, help="GB/s of GPU memory; default: %(default)s")
+    plan.set_defaults(command=_plan)
 
 
 def _add_data_commands(parser: argparse.ArgumentParser) -> None:

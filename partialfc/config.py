@@ -31,13 +31,13 @@ from pydantic import (
 
 from partialfc.backbones import BACKBONES
 from partialfc.head import VariationalPrototypes
-from partialfc.head.optimizers import CenterAdamW, CenterOptimizer, CenterSGD
+from partialfc.head.optimizers import CenterAdagrad, CenterAdamW, CenterOptimizer, CenterSGD
 from partialfc.margins import AUXILIARIES, MARGINS, Auxiliary, Margin
 from partialfc.optim import SCHEDULES, Cosine, MultiStep, Polynomial
 
 __all__ = ["Config", "dump_config", "json_schema", "load_config", "write_config"]
 
-CENTER_OPTIMIZERS: dict[str, type] = {"sgd": CenterSGD, "adamw": CenterAdamW}
+CENTER_OPTIMIZERS: dict[str, type] = {"sgd": CenterSGD, "adamw": CenterAdamW, "adagrad": CenterAdagrad}
 
 Entry = TypeVar("Entry")
 
@@ -165,6 +165,9 @@ class HeadConfig(_Section):
 
     margin: MarginChoice
     sample_rate: float = Field(default=1.0, gt=0, le=1, description="share of the classes in play at each step")
+    sampling: Literal["uniform", "cyclic"] = Field(
+        default="uniform", description="uniform: drawn anew at each step; cyclic: each class equally often"
+    )
     sampling_correction: bool | None = Field(
         default=None, description="count a drawn class by the inverse of its probability; null: if the margin needs it"
     )
@@ -177,6 +180,12 @@ class HeadConfig(_Section):
     )
     auxiliaries: tuple[AuxiliaryChoice, ...] = Field(default=(), description="terms added to the loss")
     optimizer: CenterOptimizerChoice = Field(default_factory=CenterSGD)
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        default="float32", description="in which class centers are stored; 16 bits are rounded stochastically"
+    )
+    matmul_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of operands; sums are float32")
+    fused: bool = Field(default=True, description="false: autograd over all logits; the same results, slower")
+    offload: bool = Field(default=False, description="class centers in host memory, rows of a step on the device")
     init_std: float = Field(default=0.01, gt=0, description="standard deviation of initial class-center elements")
     num_classes: int | None = Field(default=None, ge=1, le=10**10, description="null: as many as the data has")
     loss_weight: float = Field(default=1.0, gt=0, description="factor on the loss of this head")

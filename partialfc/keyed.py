@@ -32,20 +32,23 @@ def _signed(value: int) -> int:
     return ((value + 2**63) % 2**64) - 2**63
 
 
-def _times(value: Word, constant: int) -> Word:
-    product = value * _signed(constant)
-    return product if isinstance(product, Tensor) else _signed(product)
-
-
 def _shift_right(value: Word, bits: int) -> Word:
     """Logical shift: int64 shifts in torch and Python are arithmetic."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(value: Word) -> Word:
-    """The SplitMix64 finalizer: a bijection of 64-bit integers."""
-    value = _times(value ^ _shift_right(value, 30), _MIX_1)
-    value = _times(value ^ _shift_right(value, 27), _MIX_2)
+    """The SplitMix64 finalizer: a bijection of 64-bit integers. A tensor is changed in place."""
+    if isinstance(value, Tensor):
+        shifted = torch.empty_like(value)
+        for bits, factor in ((30, _MIX_1), (27, _MIX_2), (31, 1)):
+            torch.bitwise_right_shift(value, bits, out=shifted)
+            value.bitwise_xor_(shifted.bitwise_and_((1 << (64 - bits)) - 1))
+            if factor != 1:
+                value.mul_(_signed(factor))
+        return value
+    value = _signed((value ^ _shift_right(value, 30)) * _MIX_1)
+    value = _signed((value ^ _shift_right(value, 27)) * _MIX_2)
     return value ^ _shift_right(value, 31)
 
 
@@ -65,7 +68,7 @@ def hash64(*words: int | Tensor) -> int | Tensor:
     state: int | Tensor = len(words)
     for word in words:
         state = _mix(state) ^ (word if isinstance(word, Tensor) else _signed(word))
-        state = state + _signed(_GOLDEN_GAMMA)
+        state += _signed(_GOLDEN_GAMMA)
         if not isinstance(state, Tensor):
             state = _signed(state)
     return _mix(state)
@@ -97,19 +100,23 @@ class KeyedPermutation:
 
     Args:
         size: the number of elements, at least 1.
+        static: whether the number of times that values are sent through depends on the size alone, so that nothing
+            is read back from a device. The elements are the same: that a walk is not at its end by then is impossible
+            for sizes below 145, and beyond about as likely as 2^-64 for each element.
 
     Raises:
         ValueError: if size < 1.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, static: bool = False) -> None:
         if size < 1:
             raise ValueError(f"KeyedPermutation: size is {size}, but must be at least 1")
-        self.size = size
+        self.size, self.static = size, static
         self.left_size, self.right_size = _feistel_domain(size)
         # Measured: pairs of elements are uniform (chi-square per degree 0.9 to 1.1) after 6 rounds, on tiny domains
         # after 12.
         self.rounds = 6 if size >= 64 else 12
+        self.longest_walk = _longest_walk(self.left_size * self.right_size, size)
 
     def __call__(self, position: Tensor, key: int | Tensor) -> Tensor:
         """The elements at `position`: int64 in [0, size), any shape, broadcast against an int64 tensor of keys."""
@@ -119,37 +126,89 @@ class KeyedPermutation:
         """The positions of `element`: `inverse(self(p, key), key) == p`."""
         return self._walk(element, key, self._backward)
 
+    def for_each_key(self, position_d: Tensor, key_c: Tensor) -> Tensor:
+        """[c, d] int64: `self(position_d, key_c[:, None])`, with less work where many positions share a key.
+
+        Args:
+            position_d: [d] int64 in [0, size).
+            key_c: [c] int64.
+        """
+        halves = max(self.left_size, self.right_size)
+        if self.longest_walk or halves > len(position_d):
+            return self(position_d, key_c[:, None])
+        # What a round adds depends on the key and one half alone, and there are fewer halves than positions.
+        half_h = torch.arange(halves, device=key_c.device)
+        offset_r = torch.arange(1, self.rounds + 1, device=key_c.device) * _signed(_GOLDEN_GAMMA)
+        added_crh = (key_c[:, None, None] ^ half_h).add(offset_r[:, None])
+        if self.left_size == self.right_size:
+            _mix_modulo_(added_crh, self.left_size)
+        else:
+            added_crh[:, 0::2] = _mix_modulo_(added_crh[:, 0::2].contiguous(), self.left_size)
+            added_crh[:, 1::2] = _mix_modulo_(added_crh[:, 1::2].contiguous(), self.right_size)
+        left, right = (half.expand(len(key_c), -1) for half in self._halves(position_d))
+        for number, added_ch in enumerate(added_crh.unbind(1)):
+            if number % 2 == 0:
+                left = _modulo_(added_ch.gather(1, right).add_(left), self.left_size)
+            else:
+                right = _modulo_(added_ch.gather(1, left).add_(right), self.right_size)
+        return (left * self.right_size).add_(right)
+
     def _walk(self, value: Tensor, key: int | Tensor, step: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         key_tensor = torch.as_tensor(key, dtype=torch.int64, device=value.device)
-        value, key_tensor = torch.broadcast_tensors(value, key_tensor)
         value = step(value, key_tensor)
-        if self.left_size * self.right_size == self.size:
-            return value
-        while bool((outside := value >= self.size).any()):
-            value = torch.where(outside, step(value, key_tensor), value)
+        if self.static:
+            for _ in range(self.longest_walk):
+                value = torch.where(value >= self.size, step(value, key_tensor), value)
+        elif self.longest_walk:
+            while bool((outside := value >= self.size).any()):
+                value = torch.where(outside, step(value, key_tensor), value)
         return value
 
     def _forward(self, value: Tensor, key: Tensor) -> Tensor:
-        left, right = value // self.right_size, value % self.right_size
+        left, right = self._halves(value)
         for number in range(self.rounds):
             if number % 2 == 0:
-                left = (left + self._round(right, key, number, self.left_size)) % self.left_size
+                left = _modulo_(self._round(right, key, number, self.left_size).add_(left), self.left_size)
             else:
-                right = (right + self._round(left, key, number, self.right_size)) % self.right_size
-        return left * self.right_size + right
+                right = _modulo_(self._round(left, key, number, self.right_size).add_(right), self.right_size)
+        return (left * self.right_size).add_(right)
 
     def _backward(self, value: Tensor, key: Tensor) -> Tensor:
-        left, right = value // self.right_size, value % self.right_size
+        left, right = self._halves(value)
         for number in reversed(range(self.rounds)):
             if number % 2 == 0:
-                left = (left - self._round(right, key, number, self.left_size)) % self.left_size
+                left = _modulo_(self._round(right, key, number, self.left_size).neg_().add_(left), self.left_size)
             else:
-                right = (right - self._round(left, key, number, self.right_size)) % self.right_size
-        return left * self.right_size + right
+                right = _modulo_(self._round(left, key, number, self.right_size).neg_().add_(right), self.right_size)
+        return (left * self.right_size).add_(right)
+
+    def _halves(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        return value // self.right_size, value % self.right_size
 
     @staticmethod
     def _round(half: Tensor, key: Tensor, number: int, modulus: int) -> Tensor:
-        return _shift_right(_mix((key ^ half) + _signed(_GOLDEN_GAMMA * (number + 1))), 1) % modulus
+        return _mix_modulo_((key ^ half).add_(_signed(_GOLDEN_GAMMA * (number + 1))), modulus)
+
+
+def _modulo_(value: Tensor, modulus: int) -> Tensor:
+    """`value % modulus` in place; without a division, which is most of the cost, where a mask does."""
+    return value.bitwise_and_(modulus - 1) if modulus & (modulus - 1) == 0 else value.remainder_(modulus)
+
+
+def _mix_modulo_(value: Tensor, modulus: int) -> Tensor:
+    """`_shift_right(_mix(value), 1) % modulus` in place."""
+    value = _mix(value).bitwise_right_shift_(1)
+    # A power of two takes the low bits alone, which an arithmetic shift has right.
+    return _modulo_(value if modulus & (modulus - 1) == 0 else value.bitwise_and_((1 << 63) - 1), modulus)
+
+
+def _longest_walk(domain: int, size: int) -> int:
+    """How often a value may have to be sent through again: as often as there are values outside [0, size), at most.
+
+    Where that is many, it is cut to where a walk through a random permutation ends but for a probability of 2^-64.
+    """
+    outside = domain - size
+    return min(outside, math.ceil(64 / math.log2(domain / outside))) if outside else 0
 
 
 def _feistel_domain(size: int) -> tuple[int, int]:

@@ -271,13 +271,14 @@ def _assert_close(case: Case, what: str, got: Tensor, expected: Tensor) -> None:
     assert difference <= limit, f"{case}: {what} differs by {difference:.3e}, more than {limit:.1e}"
 
 
-def build(case: Case) -> PartialFC:
+def build(case: Case, *, fused: bool = True) -> PartialFC:
     return PartialFC(
         case.num_classes,
         DIM,
         margin=case.margin,
         sample_rate=case.sample_rate,
         optimizer=CenterSGD(learning_rate=1.0, momentum=0.0, weight_decay=0.0),
+        fused=fused,
         dtype=torch.float64,
         seed=7,
         **case.options,
@@ -291,9 +292,9 @@ def _num_steps(head: PartialFC) -> int:
     return 2 if head.margin_state or head.learned or head.class_bias or len(head.auxiliaries) else 1
 
 
-def check_case(case: Case, rank: int) -> None:
+def check_case(case: Case, rank: int, *, fused: bool = True) -> None:
     """Runs the head and the oracle for one or more steps, and compares everything that they have."""
-    head = build(case)
+    head = build(case, fused=fused)
     embeddings, centers = _inputs(case)
     head.set_class_centers(centers if centers.shape[1] > 1 else centers[:, 0])
     oracle = Oracle(case, head, centers)

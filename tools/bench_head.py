@@ -1,306 +1,52 @@
 """Step time and peak memory of the head beside what it replaces, as ratios from one run.
 
     python tools/bench_head.py
-    python tools/bench_head.py --device cuda --classes 1000000 --batch 1024 --json head.json
+    python tools/bench_head.py --device cuda --classes 1000000 --batch 1024 --apart --json head.jsonl
 
-The first takes a few minutes on two CPU cores. The machine needs about 40 KB of memory for each class.
+The first takes some minutes on two CPU cores. A machine needs about 6 KB of memory for each class and contestant of 512
+dimensions, in all of them at once, unless `--apart` is given.
 
-Every contestant does a whole step: loss, gradient of the embeddings, update of the class centers (SGD with momentum).
+Every head does a whole step: loss, gradient of the embeddings, update of the class centers (SGD with momentum).
 
-    ours    `PartialFC` of this project
-    plain   a full softmax over all classes, whatever the sample rate: one [C, D] parameter, `torch.optim.SGD`
-    dense   the usual partial head: sampled logits, but a gradient and an update of all [C, D]
-    floor   no head: the three matrix products over the classes in play that an exact softmax needs
+    fused          `PartialFC` of this project, in float32
+    fused_bf16     with bfloat16 operands of the matrix products
+    fused_16bit    with class centers in float16 and momentum in bfloat16 besides
+    fused_adagrad  with class centers in float16, and row-wise Adagrad instead of momentum
+    autograd       `PartialFC` with fused=False: gradients from autograd
+    plain          a full softmax over all classes, whatever the sample rate: one [C, D] parameter, `torch.optim.SGD`
+    dense          the usual partial head: sampled logits, but a gradient and an update of all [C, D]
+    floor          no head: the three matrix products over the classes in play that an exact softmax needs, in float32
+    floor_bf16     the same in bfloat16
+    copy           no head: a copy of the float32 class centers in play, for scale
+    module:factory a head from elsewhere, named by `--external`; see `External` in `bench_contestants.py`
 
 The contestants take turns in one process, so a ratio is taken between steps that ran back to back, and the median of
-those is reported with the lowest and highest. Peak memory is that of a fresh process for each of them, over what the
-process held before: resident memory on a CPU, allocated memory on a GPU. Before anything is measured, `ours`, `plain`
-and `dense` must agree in three losses at sample rate 1.
+those is reported with the lowest and highest. Peak memory is that of a fresh process for each head, over what the
+process held before: resident memory on a CPU, allocated memory on a GPU. Before anything is measured, the heads must
+agree in their losses at sample rate 1: those in float32 with the same optimizer in three steps to 1e-5, those with
+numbers of 16 bits to 1e-3, those with another optimizer or from elsewhere in the first step alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import multiprocessing
 import os
 import platform
-import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from bench_contestants import CONTESTANTS, Case, entry_of
+from bench_measuring import WARM_HEAP, Timing, check_parity, in_fresh_process, measure_peak_bytes, measure_seconds
 
-from partialfc import CenterSGD, PartialFC
-from partialfc.margins import ArcFace, target_similarity
-
-Result = TypeVar("Result")
-
-MARGIN = ArcFace(scale=64.0, margin=0.5)
-OPTIMIZER = CenterSGD(learning_rate=0.1, momentum=0.9, weight_decay=5e-4)
-PARITY_TOLERANCE = 1e-5
-WARMUP_STEPS = 2
-
-# Memory fresh from the kernel costs page faults at every step, which a GPU's caching allocator spares. So for times,
-# glibc shall keep what it has; for peak memory it must not.
-WARM_HEAP = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(10**12),
-    "MALLOC_TOP_PAD_": str(2**29),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is measured: C classes, embeddings [batch, dim] and the share of the classes in play."""
-
-    classes: int
-    dim: int
-    batch: int
-    sample_rate: float
-    device: str
-
-    def __post_init__(self) -> None:
-        for name in ("classes", "dim", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}, but must be at least 1")
-        if not 0 < self.sample_rate <= 1:
-            raise ValueError(f"--sample-rate is {self.sample_rate}, but must be in (0, 1]")
-
-    @property
-    def classes_in_play(self) -> int:
-        """n, the classes of a step."""
-        return max(round(self.sample_rate * self.classes), min(self.batch, self.classes))
-
-
-class Contestant(Protocol):
-    """Something that makes training steps."""
-
-    def step(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch [B, D], [B]; leaves its gradient in `embeddings.grad` and updates the centers."""
-        ...
-
-
-class Own:
-    """The head of this project."""
-
-    def __init__(self, case: Case) -> None:
-        self.head = PartialFC(
-            case.classes,
-            case.dim,
-            margin=MARGIN,
-            sample_rate=case.sample_rate,
-            optimizer=OPTIMIZER,
-            device=case.device,
-        )
-
-    def step(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """One step."""
-        loss: Tensor = self.head(embeddings, labels)
-        loss.backward()
-        return loss.detach()
-
-
-class PlainSoftmax:
-    """Cross entropy over all classes, as one writes it first. `centers` [C, D] become its parameter."""
-
-    def __init__(self, case: Case, centers: Tensor) -> None:
-        self.case = case
-        self.weight = nn.Parameter(centers)
-        self.optimizer = torch.optim.SGD(
-            [self.weight],
-            lr=OPTIMIZER.learning_rate,
-            momentum=OPTIMIZER.momentum,
-            weight_decay=OPTIMIZER.weight_decay,
-        )
-
-    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """[B, D], [B] -> scalar."""
-        return F.cross_entropy(_logits(embeddings, self.weight, labels), labels)
-
-    def step(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """One step."""
-        loss = self.loss(embeddings, labels)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
-
-
-class DensePartial(PlainSoftmax):
-    """The usual partial head: it samples logits, and yet the gradient and the update are those of the whole matrix.
-
-    Sampling is a random number for every class and a top-k. The softmax is in separate sweeps, as a head whose classes
-    are spread over ranks needs it.
-    """
-
-    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """[B, D], [B] -> scalar, over the classes in play."""
-        weight: Tensor = self.weight
-        if self.case.sample_rate < 1:
-            score = torch.rand(self.case.classes, device=labels.device)
-            score[labels] = 2.0
-            rows = score.topk(self.case.classes_in_play).indices.sort().values
-            weight, labels = weight[rows], torch.searchsorted(rows, labels)
-        loss: Tensor = _SweptCrossEntropy.apply(_logits(embeddings, weight, labels), labels)
-        return loss
-
-
-class _SweptCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
-        shifted = logits - logits.amax(1, keepdim=True)
-        own = shifted.gather(1, labels[:, None])
-        probability = shifted.exp_()
-        total = probability.sum(1, keepdim=True)
-        probability /= total
-        ctx.save_for_backward(probability, labels)
-        return (total.log() - own).mean()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        probability, labels = ctx.saved_tensors
-        rows = torch.arange(len(labels), device=labels.device)
-        probability[rows, labels] -= 1
-        return probability.mul_(gradients[0] / len(labels)), None
-
-
-class Floor:
-    """Logits, gradient of the embeddings, gradient of the class centers in play; into memory that is already there."""
-
-    def __init__(self, case: Case, centers: Tensor) -> None:
-        self.centers = centers[: case.classes_in_play]
-        self.logits = centers.new_empty(case.batch, len(self.centers))
-        self.embeddings_gradient = centers.new_empty(case.batch, case.dim)
-        self.centers_gradient = torch.empty_like(self.centers)
-
-    def step(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Three matrix products."""
-        with torch.no_grad():
-            torch.mm(embeddings, self.centers.T, out=self.logits)
-            torch.mm(self.logits, self.centers, out=self.embeddings_gradient)
-            torch.mm(self.logits.T, embeddings, out=self.centers_gradient)
-        return torch.zeros(())
-
-
-def _logits(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """[B, n] scaled cosines, with the margin on the own class."""
-    cosine = F.normalize(embeddings) @ F.normalize(weight).T
-    own = cosine.gather(1, labels[:, None])
-    return MARGIN.scale * cosine.scatter(1, labels[:, None], target_similarity(MARGIN, own, {}))
-
-
-def build_all(case: Case) -> dict[str, Contestant]:
-    """The contestants, all with the same class centers."""
-    own = Own(case)
-    centers = own.head.class_centers.select(None)[:, 0]
-    return {
-        "ours": own,
-        "plain": PlainSoftmax(case, centers.clone()),
-        "dense": DensePartial(case, centers.clone()),
-        "floor": Floor(case, centers),
-    }
-
-
-def build_one(case: Case, name: str) -> Contestant:
-    """A contestant that has to itself what it needs, for measuring its memory."""
-    if name == "ours":
-        return Own(case)
-    makers: dict[str, type[PlainSoftmax]] = {"plain": PlainSoftmax, "dense": DensePartial}
-    return makers[name](case, torch.empty(case.classes, case.dim, device=case.device).normal_(std=0.01))
-
-
-def draw_batch(case: Case, number: int) -> tuple[Tensor, Tensor]:
-    """Embeddings [B, D] that require a gradient, and labels [B]."""
-    generator = torch.Generator().manual_seed(number)
-    embeddings = torch.randn(case.batch, case.dim, generator=generator).to(case.device)
-    return embeddings.requires_grad_(), torch.randint(case.classes, (case.batch,), generator=generator).to(case.device)
-
-
-def check_parity(case: Case) -> float:
-    """The largest relative difference between the losses of three steps at sample rate 1.
-
-    The later losses depend on the updates before them, so they compare gradients and optimizers too.
-
-    Raises:
-        RuntimeError: if it is more than `PARITY_TOLERANCE`.
-    """
-    case = Case(min(case.classes, 2000), case.dim, case.batch, 1.0, case.device)
-    contestants = build_all(case)
-    del contestants["floor"]
-    worst = 0.0
-    for number in range(3):
-        losses = {name: float(entry.step(*draw_batch(case, number))) for name, entry in contestants.items()}
-        difference = (max(losses.values()) - min(losses.values())) / losses["plain"]
-        if not difference <= PARITY_TOLERANCE:
-            raise RuntimeError(f"the contestants differ by {difference:.1e} in the loss of step {number + 1}: {losses}")
-        worst = max(worst, difference)
-    return worst
-
-
-def measure_seconds(case: Case, repeats: int) -> dict[str, list[float]]:
-    """Seconds of a step for each contestant, `repeats` of them, taken in turns."""
-    contestants = build_all(case)
-    names = list(contestants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(WARMUP_STEPS + repeats):
-        first = number % len(names)  # The order goes round, so that nobody always starts.
-        for name in names[first:] + names[:first]:
-            embeddings, labels = draw_batch(case, number)
-            _synchronize(case)
-            started = time.perf_counter()
-            contestants[name].step(embeddings, labels)
-            _synchronize(case)
-            if number >= WARMUP_STEPS:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def measure_peak_bytes(case: Case, name: str) -> int:
-    """Peak memory of a contestant with its class centers and their momentum, over what the process held before.
-
-    To be called in a fresh process: the peak of resident memory cannot be taken back.
-    """
-    small = Case(min(case.classes, 300), case.dim, case.batch, case.sample_rate, case.device)
-    build_one(small, name).step(*draw_batch(small, 0))  # Libraries allocate their workspaces at first use.
-    base = _peak_bytes(case)
-    contestant = build_one(case, name)
-    for number in range(2):
-        contestant.step(*draw_batch(case, number))
-    return _peak_bytes(case) - base
-
-
-def _synchronize(case: Case) -> None:
-    if case.device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _peak_bytes(case: Case) -> int:
-    if case.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def in_fresh_process(function: Callable[..., Result], *arguments: Any, environment: Mapping[str, str]) -> Result:
-    """What `function` returns in a new interpreter whose environment has these variables besides."""
-    before = dict(os.environ)
-    os.environ.update(environment)
-    try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(function, *arguments).result()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+FLOORS = ("floor", "floor_bf16")
 
 
 @dataclass(frozen=True)
@@ -323,42 +69,113 @@ def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was measured of a case, by contestant; `load_average` is that of the minute before."""
+    """What was measured of a case.
+
+    Attributes:
+        baseline: the contestant that the others are compared with.
+        rounds: the contestants that took turns in one process, with their times.
+        peak_bytes: of each head; None if it did not fit.
+        load_average: that of the minute before.
+    """
 
     case: Case
-    seconds: dict[str, list[float]]
-    peak_bytes: dict[str, int]
+    baseline: str
+    rounds: list[dict[str, Timing]]
+    peak_bytes: dict[str, int | None]
     load_average: float
+
+    @property
+    def names(self) -> list[str]:
+        """Of all contestants, each once."""
+        return list(dict.fromkeys(name for timings in self.rounds for name in timings))
+
+    def timing(self, name: str) -> Timing:
+        """Of a contestant, in the first round that has it."""
+        return next(timings[name] for timings in self.rounds if name in timings)
+
+    def ratio(self, above: str, below: str) -> Ratio | None:
+        """Time of one over time of another, from the first round that has both; None if one did not fit."""
+        for timings in self.rounds:
+            if above in timings and below in timings and timings[above].seconds and timings[below].seconds:
+                return paired_ratio(timings[above].seconds, timings[below].seconds)
+        return None
+
+    def throughput(self, name: str) -> str:
+        """What a contestant does that is no head, per second; empty for a head."""
+        numbers = self.case.classes_in_play * self.case.dim
+        seconds = self.timing(name).seconds
+        if name in FLOORS and seconds:
+            return f"{6 * numbers * self.case.batch / median(seconds) / 1e12:.3g} TFLOP/s"
+        if name == "copy" and seconds:
+            return f"{2 * 4 * numbers / median(seconds) / 1e9:.3g} GB/s"
+        return ""
+
+    def record(self) -> dict[str, Any]:
+        """All figures, ready for JSON."""
+        contestants = {}
+        for name in self.names:
+            ratio = self.ratio(name, self.baseline)
+            shares = {floor: self.ratio(floor, name) for floor in FLOORS if floor in self.names}
+            contestants[name] = {
+                **asdict(self.timing(name)),
+                "peak_bytes": self.peak_bytes.get(name),
+                "time_over_baseline": ratio and asdict(ratio),
+                "share": {floor: share and share.middle for floor, share in shares.items()},
+            }
+        about = {"case": asdict(self.case), "baseline": self.baseline, "load_average": self.load_average}
+        return {**about, "contestants": contestants}
 
     def __str__(self) -> str:
         case = self.case
-        lines = [
+        title = (
             f"C={case.classes:,} D={case.dim} B={case.batch} sample rate {case.sample_rate:g} "
-            f"(n={case.classes_in_play:,}), load average before {self.load_average:.1f}",
-            f"{'':6}{'ms/step':>9}  {'time / ours':<19}{'time / floor':<19}{'peak MiB':>9}  peak / ours",
+            f"(n={case.classes_in_play:,}), load average before {self.load_average:.1f}"
+        )
+        floors = [floor for floor in FLOORS if floor in self.names]
+        head = [
+            "",
+            "ms/step",
+            "forward",
+            "backward",
+            f"time / {self.baseline}",
+            *(f"{floor} / time" for floor in floors),
         ]
-        for name, seconds in self.seconds.items():
-            line = (
-                f"{name:6}{1000 * median(seconds):9.1f}  {paired_ratio(seconds, self.seconds['ours'])!s:<19}"
-                f"{paired_ratio(seconds, self.seconds['floor'])!s:<19}"
-            )
-            if name in self.peak_bytes:
-                peak = self.peak_bytes[name]
-                ours = self.peak_bytes["ours"]
-                # A small case may fit into memory that the process held already.
-                line += f"{peak / 2**20:9.0f}  {f'{peak / ours:.2f}' if ours else '-'}"
-            lines.append(line.rstrip())
-        return "\n".join(lines)
+        rows = [[*head, "peak MiB", "bytes/class", ""], *(self._row(name, floors) for name in self.names)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        return "\n".join([title, *(line.rstrip() for line in lines)])
+
+    def _row(self, name: str, floors: Sequence[str]) -> list[str]:
+        timing = self.timing(name)
+        phases = [timing.phases.get(phase) for phase in ("forward", "backward")]
+        ratio, shares = self.ratio(name, self.baseline), [self.ratio(floor, name) for floor in floors]
+        peak = ["", ""]
+        if name in self.peak_bytes:
+            found = self.peak_bytes[name]
+            peak = ["no room", ""] if found is None else [f"{found / 2**20:.0f}", f"{found / self.case.classes:.0f}"]
+        return [
+            name,
+            f"{1000 * median(timing.seconds):.1f}" if timing.seconds else "no room",
+            *(f"{1000 * median(seconds):.1f}" if seconds else "-" for seconds in phases),
+            "-" if ratio is None else str(ratio),
+            *("-" if share is None else f"{share.middle:.2f}" for share in shares),
+            *peak,
+            self.throughput(name),
+        ]
 
 
-def measure(case: Case, repeats: int) -> Outcome:
-    """Times and peak memory of a case."""
+def measure(case: Case, names: Sequence[str], *, baseline: str, repeats: int, warmup: int, apart: bool) -> Outcome:
+    """Times and peak memory of a case; with `apart`, each contestant takes turns with baseline and floors alone."""
     load_average = os.getloadavg()[0]
-    seconds = in_fresh_process(measure_seconds, case, repeats, environment=WARM_HEAP)
-    peaks = {
-        name: in_fresh_process(measure_peak_bytes, case, name, environment={}) for name in seconds if name != "floor"
-    }
-    return Outcome(case, seconds, peaks, load_average)
+    fixed = [name for name in names if name == baseline or not entry_of(name).is_head]
+    groups = [[*fixed, name] for name in names if name not in fixed] if apart else []
+    rounds = [
+        in_fresh_process(measure_seconds, case, group, repeats, warmup, environment=WARM_HEAP)
+        for group in groups or [list(names)]
+    ]
+    heads = [name for name in names if entry_of(name).is_head]
+    peaks = {name: in_fresh_process(measure_peak_bytes, case, name, environment={}) for name in heads}
+    return Outcome(case, baseline, rounds, peaks, load_average)
 
 
 def machine(device: str) -> str:
@@ -382,13 +199,28 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--sample-rate", type=float, nargs="+", default=[1.0, 0.1])
+    parser.add_argument("--contestants", nargs="*", default=list(CONTESTANTS), metavar="NAME")
+    parser.add_argument("--external", nargs="+", default=[], metavar="MODULE:FACTORY", help="heads from elsewhere")
+    parser.add_argument(
+        "--baseline", default="floor", metavar="NAME", help="what times are divided by; always measured"
+    )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=2, help="steps of each contestant before those that count")
+    parser.add_argument("--apart", action="store_true", help="time each head in a process with the baseline alone")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write every measured figure to this file")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="append every measured figure, one line for each case")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats is {options.repeats}, but must be at least 1")
+    if options.warmup < 0:
+        parser.error(f"--warmup is {options.warmup}, but must not be negative")
+    for spec in options.external:
+        if not all(spec.partition(":")):
+            parser.error(f"--external is {spec}, but must be module:factory")
+    options.names = list(dict.fromkeys([*options.contestants, *options.external, options.baseline]))
     try:
+        for name in options.names:
+            entry_of(name)
         options.cases = [
             Case(classes, options.dim, options.batch, sample_rate, options.device)
             for classes in options.classes
@@ -404,17 +236,25 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Checks, measures and prints."""
     options = _parse(arguments)
-    about = machine(options.device)
-    print(about)
-    parity = in_fresh_process(check_parity, options.cases[0], environment={})
-    print(f"ours, plain and dense agree in three losses at sample rate 1 to {parity:.1e}", flush=True)
-    outcomes = []
+    sys.path.append(os.getcwd())  # where an external head may be
+    about = {"machine": machine(options.device), "date": datetime.date.today().isoformat()}
+    print(f"{about['machine']}, {about['date']}")
+    parity = in_fresh_process(check_parity, options.cases[0], options.names, environment={})
+    agreeing = ", ".join(f"{name} {difference:.1e}" for name, difference in parity.items())
+    print(f"largest difference from the losses of plain at sample rate 1: {agreeing or 'no head'}", flush=True)
     for case in options.cases:
-        outcomes.append(measure(case, options.repeats))
-        print(f"\n{outcomes[-1]}", flush=True)
-    if options.json is not None:
-        record = {"machine": about, "parity": parity, "cases": [asdict(outcome) for outcome in outcomes]}
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        outcome = measure(
+            case,
+            options.names,
+            baseline=options.baseline,
+            repeats=options.repeats,
+            warmup=options.warmup,
+            apart=options.apart,
+        )
+        print(f"\n{outcome}", flush=True)
+        if options.json is not None:
+            with options.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**about, "parity": parity, **outcome.record()}) + "\n")
 
 
 if __name__ == "__main__":

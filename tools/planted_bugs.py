@@ -18,6 +18,7 @@ from torch import Tensor
 from partialfc.cli import main
 from partialfc.head import step
 from partialfc.head.class_centers import ClassCenters
+from partialfc.head.class_table import Rows
 from partialfc.head.partial_fc import PartialFC
 
 
@@ -42,17 +43,17 @@ def shift_half_of_the_classes() -> None:
 
 def freeze_centers() -> None:
     """Class centers never move."""
-    ClassCenters.update = lambda *_, **__: None  # type: ignore[method-assign]
+    ClassCenters.step_ = lambda *_, **__: None  # type: ignore[method-assign]
 
 
 def flip_center_gradient() -> None:
     """Class centers climb the loss."""
-    update: Callable[..., None] = ClassCenters.update
+    step_: Callable[..., None] = ClassCenters.step_
 
-    def flipped(self: ClassCenters, rows: Tensor | None, gradient_nKD: Tensor, **rest: Any) -> None:
-        update(self, rows, -gradient_nKD, **rest)
+    def flipped(self: ClassCenters, rows: Rows, weight_nKD: Tensor, gradient_nKD: Tensor, **rest: Any) -> None:
+        step_(self, rows, weight_nKD, gradient_nKD.neg_(), **rest)
 
-    ClassCenters.update = flipped  # type: ignore[method-assign]
+    ClassCenters.step_ = flipped  # type: ignore[method-assign]
 
 
 def flip_embedding_gradient() -> None:

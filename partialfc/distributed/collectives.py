@@ -9,6 +9,7 @@ and f. A process on its own takes the same path, with the collective left out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ __all__ = [
     "gather_rows",
     "logsumexp_over_shards",
     "max_over_ranks",
-    "reduce_scatter_equal",
+    "max_over_shards",
+    "start_reduce_scatter",
     "sum_over_shards",
 ]
 
@@ -43,13 +45,22 @@ def all_gather_equal(local: Tensor, mesh: ShardMesh) -> Tensor:
     return gathered
 
 
-def reduce_scatter_equal(partial: Tensor, mesh: ShardMesh) -> Tensor:
-    """[size * n, ...] on each rank -> [n, ...]: this rank's rows of the sum over ranks. No gradient."""
+def start_reduce_scatter(partial: Tensor, mesh: ShardMesh) -> Callable[[], Tensor]:
+    """Begins the sum of [size * n, ...] over ranks; what it returns waits for this rank's rows of it, [n, ...].
+
+    No gradient.
+    """
     if mesh.size == 1:
-        return partial
+        return lambda: partial
     own = partial.new_empty((partial.shape[0] // mesh.size, *partial.shape[1:]))
-    _reduce_scatter_single(own, partial.contiguous(), group=mesh.group)
-    return own
+    partial = partial.contiguous()
+    work = _reduce_scatter_single(own, partial, group=mesh.group, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return own
+
+    return wait
 
 
 def gather_rows(local: Tensor, mesh: ShardMesh) -> Tensor:
@@ -85,6 +96,11 @@ def max_over_ranks(values: list[int], mesh: ShardMesh, device: torch.device | st
     reduced = torch.tensor(values, dtype=torch.int64, device=device)
     dist.all_reduce(reduced, dist.ReduceOp.MAX, group=mesh.group)
     return [int(value) for value in reduced.tolist()]
+
+
+def max_over_shards(value: Tensor, mesh: ShardMesh) -> Tensor:
+    """The elementwise maximum over ranks. One all-reduce; no gradient."""
+    return _all_reduce(value, dist.ReduceOp.MAX, mesh)
 
 
 def _all_reduce(value: Tensor, operation: dist.ReduceOp.RedOpType, mesh: ShardMesh) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,20 @@ from torch import Tensor, nn
 from partialfc.distributed.collectives import gather_rows
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.distributed.partition import ClassPartition
+from partialfc.head.workspace import Workspace
 
-__all__ = ["ClassTable"]
+__all__ = ["ClassTable", "RowTable", "Rows"]
+
+Rows = slice | Tensor | None
+"""Local rows: a run of them, distinct ones by number, int64, or all."""
+
+
+class RowTable(Protocol):
+    """Rows of some named tensors, to be read and written. See `ClassTable`."""
+
+    def read(self, name: str, rows: Rows, workspace: Workspace | None = None) -> Tensor: ...  # noqa: D102
+
+    def write(self, name: str, rows: Rows, values: Tensor) -> None: ...  # noqa: D102
 
 
 class ClassTable(nn.Module):
@@ -35,21 +47,35 @@ class ClassTable(nn.Module):
         self.register_buffer(name, value, persistent=False)
         self._names.append(name)
 
+    @property
+    def storage(self) -> dict[str, str]:
+        """The dtype of each tensor, by name."""
+        return {name: str(getattr(self, name).dtype).removeprefix("torch.") for name in self._names}
+
     def _rows(self, name: str) -> Tensor:
         """[num_local_classes, ...]: a view without the phantoms."""
         return getattr(self, name).flatten(0, 1)[: self.partition.num_local_classes]
 
-    def read(self, name: str, rows: Tensor | None) -> Tensor:
-        """[n, ...], the rows at `rows`, or a view of all of this rank's if None."""
+    def read(self, name: str, rows: Rows, workspace: Workspace | None = None) -> Tensor:
+        """[n, ...], the rows at `rows`: a view of them if they are a run, else a copy, in the workspace if given."""
         everything = self._rows(name)
-        return everything if rows is None else everything[rows]
+        if rows is None or isinstance(rows, slice):
+            return everything if rows is None else everything[rows]
+        if workspace is None:
+            return everything[rows]
+        shape = (len(rows), *everything.shape[1:])
+        copy = workspace.get(f"{name} rows", shape, everything.dtype, everything.device)
+        return torch.index_select(everything, 0, rows, out=copy)
 
-    def write(self, name: str, rows: Tensor | None, values: Tensor) -> None:
-        """Replaces the rows at `rows`, distinct, or all of them if None."""
-        if rows is None:
-            self._rows(name).copy_(values)
-        else:
-            self._rows(name).index_copy_(0, rows, values)
+    def write(self, name: str, rows: Rows, values: Tensor) -> None:
+        """Replaces the rows at `rows`, unless `values` are those rows themselves."""
+        everything = self._rows(name)
+        if isinstance(rows, Tensor):
+            everything.index_copy_(0, rows, values)
+            return
+        own = everything if rows is None else everything[rows]
+        if own.data_ptr() != values.data_ptr() or own.dtype != values.dtype:
+            own.copy_(values)
 
     def gather_all(self, name: str) -> Tensor:
         """[num_classes, ...] on every rank, a copy. Collective."""

@@ -46,6 +46,10 @@ class GlobalBatch:
         """[B, ...] -> [V, ...]."""
         return rows if self.labels_per_row == 1 else rows.repeat_interleave(self.labels_per_row, 0)
 
+    def sum_cases(self, cases: Tensor) -> Tensor:
+        """[V, ...] -> [B, ...]: the gradient of `to_cases`."""
+        return cases if self.labels_per_row == 1 else cases.unflatten(0, (-1, self.labels_per_row)).sum(1)
+
 
 class BatchGather:
     """Gathers local batches, padded to a capacity that all ranks agree on, with two collectives a step.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from partialfc.head.optimizers import CenterOptimizer
@@ -25,15 +26,13 @@ class LearnedNumbers(nn.Module):
     def __init__(self, initial: Mapping[str, float], *, optimizer: CenterOptimizer, like: Tensor) -> None:
         super().__init__()
         self.names, self.optimizer = list(initial), optimizer
-        self._state_names: list[str] = []
         for name, number in initial.items():
             # One row of one number, as optimizers of class centers expect.
             value = like.new_full((1, 1), number)
             self.register_buffer(f"value_{name}", value)
-            state = optimizer.initial_state(value)
-            self._state_names = list(state)
-            for key, tensor in state.items():
-                self.register_buffer(f"{key}_{name}", tensor)
+            for key, field in optimizer.fields.items():
+                zeros = torch.zeros_like(field.shape_for(value), dtype=field.working(value.dtype))
+                self.register_buffer(f"{key}_{name}", zeros)
 
     def values(self) -> dict[str, Tensor]:
         """The scalars by name, as they are."""
@@ -46,9 +45,6 @@ class LearnedNumbers(nn.Module):
     def update(self, gradients: Mapping[str, Tensor], *, learning_rate: float) -> None:
         """Moves them by one step of the optimizer along the gradients of the loss, the same on all ranks."""
         for name in self.names:
-            before = getattr(self, f"value_{name}")
-            state = {key: getattr(self, f"{key}_{name}") for key in self._state_names}
-            gradient = gradients[name].view(1, 1)
-            after, state = self.optimizer.update(before, gradient, state, learning_rate=learning_rate)
-            for key, tensor in {"value": after, **state}.items():
-                getattr(self, f"{key}_{name}").copy_(tensor)
+            state = {key: getattr(self, f"{key}_{name}") for key in self.optimizer.fields}
+            value, gradient = getattr(self, f"value_{name}"), gradients[name].view(1, 1)
+            self.optimizer.update_(value, gradient, state, learning_rate=learning_rate)

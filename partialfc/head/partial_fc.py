@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from partialfc.distributed.mesh import ProcessGroup, ShardMesh
 from partialfc.distributed.partition import ClassPartition
 from partialfc.head.auxiliary import build_auxiliaries
+from partialfc.head.checks import check_dtypes, check_margin, check_numbers, check_offload, check_options
 from partialfc.head.class_centers import ClassCenters
 from partialfc.head.global_batch import BatchGather
 from partialfc.head.learned import LearnedNumbers
+from partialfc.head.offload import OffloadedCenters
 from partialfc.head.optimizers import CenterOptimizer, CenterSGD
 from partialfc.head.sampling import ClassesInPlay, NegativeSampler, all_in_play
-from partialfc.head.step import Leaves, PendingStep, TrainingStep, head_loss
+from partialfc.head.step import PendingStep, TrainingStep, head_step
 from partialfc.head.variational import PrototypeMemory, VariationalPrototypes
 from partialfc.margins.auxiliary import Auxiliary
 from partialfc.margins.base import Margin, State
@@ -44,6 +46,8 @@ class PartialFC(nn.Module):
         embedding_dim: D.
         margin: the loss, from `partialfc.margins`.
         sample_rate: share of the classes that take part in a step besides those of the batch, in (0, 1].
+        sampling: `"uniform"`: classes are drawn anew in each step. `"cyclic"`: in windows of a shuffled order, so that
+            each is drawn equally often.
         sampling_correction: whether a class that was drawn counts by the inverse of its probability, so that sums over
             classes are those of all classes in the mean; None for what the margin needs.
         num_subcenters: K centers for each class, of which the nearest to an embedding counts (Deng et al., "Sub-center
@@ -56,8 +60,15 @@ class PartialFC(nn.Module):
             its labels, none of which is a negative of the others.
         loss_weight: a factor on the whole loss, which class centers follow too.
         optimizer: how class centers move.
-        dtype: float32, or float64 for tests.
-        device: where the class centers live.
+        fused: whether a step goes in two passes over tiles of the class centers in play and moves them in the second.
+            If not, autograd works on all logits at once: the same results, more memory and time.
+        dtype: in which class centers are stored: float32, or float64 for tests. In float16 or bfloat16 they are
+            rounded stochastically, keyed by (seed, step, class), and computed with in float32.
+        matmul_dtype: bfloat16 for operands of matrix products in 16 bits. Sums, and all else, stay in `head.dtype`.
+        offload: whether class centers and their optimizer state are kept in host memory, and only the rows of a step
+            are brought to `device`: those that the next step draws while the backbone works. Takes a sample rate
+            below 1. The results are the same, bit for bit.
+        device: where the class centers live, or, with `offload`, where they are computed with.
         seed: of initialisation, sampling and noise; the same on all ranks. None of them depends on their number.
         init_std: standard deviation of the initial elements of class centers.
         process_group: over which the centers are sharded; None for the default group, or for a process on its own if
@@ -80,6 +91,7 @@ class PartialFC(nn.Module):
         *,
         margin: Margin,
         sample_rate: float = 1.0,
+        sampling: str = "uniform",
         sampling_correction: bool | None = None,
         num_subcenters: int = 1,
         interclass_filtering_threshold: float | None = None,
@@ -88,7 +100,10 @@ class PartialFC(nn.Module):
         labels_per_row: int = 1,
         loss_weight: float = 1.0,
         optimizer: CenterOptimizer | None = None,
+        fused: bool = True,
         dtype: torch.dtype = torch.float32,
+        matmul_dtype: torch.dtype | None = None,
+        offload: bool = False,
         device: torch.device | str | None = None,
         seed: int = 0,
         init_std: float = 0.01,
@@ -96,43 +111,69 @@ class PartialFC(nn.Module):
     ) -> None:
         super().__init__()
         auxiliaries = tuple(auxiliaries)
-        _check_numbers(embedding_dim, sample_rate, num_subcenters, labels_per_row, dtype, init_std, loss_weight)
-        _check_margin(margin, sampling_correction, labels_per_row)
-        _check_options(margin, interclass_filtering_threshold, variational, auxiliaries, num_subcenters, labels_per_row)
         optimizer = CenterSGD() if optimizer is None else optimizer
-        self.margin, self.seed, self.loss_weight = margin, seed, loss_weight
-        self.labels_per_row = labels_per_row
+        check_numbers(
+            embedding_dim=embedding_dim,
+            sample_rate=sample_rate,
+            num_subcenters=num_subcenters,
+            labels_per_row=labels_per_row,
+            init_std=init_std,
+            loss_weight=loss_weight,
+        )
+        check_dtypes(dtype, matmul_dtype)
+        check_margin(margin, sampling_correction, labels_per_row)
+        check_offload(offload, sample_rate, optimizer)
+        check_options(margin, interclass_filtering_threshold, variational, auxiliaries, num_subcenters, labels_per_row)
+        self.margin, self.seed, self.loss_weight, self.labels_per_row = margin, seed, loss_weight, labels_per_row
         self.interclass_filtering_threshold = interclass_filtering_threshold
-        self.learning_rate = optimizer.learning_rate
-        self.step = 0
+        self.learning_rate, self.step = optimizer.learning_rate, 0
         self.mesh = ShardMesh.from_group(process_group)
         self.partition = ClassPartition(num_classes, self.mesh.rank, self.mesh.size)
-        sharding: dict[str, Any] = {"mesh": self.mesh, "seed": seed, "dtype": dtype, "device": device}
-        shape = (num_subcenters, embedding_dim)
-        self.class_centers = ClassCenters(self.partition, shape, optimizer=optimizer, init_std=init_std, **sharding)
-        table: dict[str, Any] = {"mesh": self.mesh, "like": self.class_centers.weight}
-        plain = optimizer.without_decay()
-        self.class_bias: ClassCenters | None = None
-        if margin.has_class_bias:
-            self.class_bias = ClassCenters(self.partition, (1, 1), optimizer=plain, init_std=0.0, **sharding)
+        self.fused, self.matmul_dtype = fused, matmul_dtype
+        self.sampler = NegativeSampler(num_classes, sample_rate, law=sampling, seed=seed) if sample_rate < 1 else None
+        self._build_tables((num_subcenters, embedding_dim), optimizer, init_std, dtype, device, offload)
+        table: dict[str, Any] = {"mesh": self.mesh, "like": torch.empty(0, dtype=self.dtype, device=self.device)}
         learned = margin.initial_learned(num_classes)
+        plain = optimizer.without_decay()
         self.learned = LearnedNumbers(learned, optimizer=plain, like=table["like"]) if learned else None
         self.auxiliary_terms = build_auxiliaries(auxiliaries, self.partition, embedding_dim, **table)
         self.auxiliaries = nn.ModuleList(self.auxiliary_terms)
         self.prototypes: PrototypeMemory | None = None
         if variational is not None:
             self.prototypes = PrototypeMemory(variational, self.partition, embedding_dim, **table)
-        self.sampler = NegativeSampler(num_classes, sample_rate, seed=seed) if sample_rate < 1 else None
         self.corrects_sampling = sampling_correction or margin.needs_sampling_correction
-        self.margin_state = self._on_device(margin.initial_state(num_classes))
+        self._start()
+
+    def _start(self) -> None:
+        self.margin_state = self._on_device(self.margin.initial_state(self.partition.num_classes))
         self.statistics: dict[str, Tensor] = {}
         self.pending: PendingStep | None = None
         self.gather_batch = BatchGather(self.mesh)
         # exp(logit) and its sum over classes must stay finite in float32 for the softmax to do without a maximum.
-        bound = margin.logit_bound
-        self.bounded = bound is not None and bound + math.log(num_classes) < 88
+        bound = self.margin.logit_bound
+        self.bounded = bound is not None and bound + math.log(self.partition.num_classes) < 88
         # Makes the loss require a gradient even where the embeddings do not: the centers of a frozen backbone train.
         self._anchor = torch.zeros((), requires_grad=True)
+
+    def _build_tables(
+        self,
+        row_shape: tuple[int, int],
+        optimizer: CenterOptimizer,
+        init_std: float,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        offload: bool,
+    ) -> None:
+        sampled = self.sampler is not None
+        options: dict[str, Any] = {"mesh": self.mesh, "seed": self.seed, "device": device, "sampled": sampled}
+        kind = OffloadedCenters if offload else ClassCenters
+        self.class_centers = kind(
+            self.partition, row_shape, optimizer=optimizer, init_std=init_std, dtype=dtype, **options
+        )
+        self.class_bias: ClassCenters | None = None
+        if self.margin.has_class_bias:
+            options |= {"optimizer": optimizer.without_decay(), "init_std": 0.0, "dtype": self.dtype}
+            self.class_bias = ClassCenters(self.partition, (1, 1), **options)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The mean loss over the valid rows of the global batch: a scalar, equal on all ranks.
@@ -152,9 +193,8 @@ class PartialFC(nn.Module):
         batch = self.gather_batch(
             embeddings.to(self.dtype), self.label_rows(labels), num_classes=self.partition.num_classes
         )
-        in_play = all_in_play(batch.labels_V, self.partition)
-        with torch.no_grad():
-            return head_loss(self, batch, in_play, Leaves.of(self, batch, in_play)).loss
+        self.class_centers.wait()
+        return head_step(self, batch, all_in_play(batch.labels_V, self.partition), with_gradient=False).loss
 
     def update_only_if(self, condition: Tensor) -> None:
         """Ties the update of the loss just computed, whose backward is to come, to one more condition.
@@ -206,8 +246,8 @@ class PartialFC(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of class centers, logits and everything between."""
-        return self.class_centers.weight.dtype
+        """Of logits and everything that is computed: float32, or float64 if class centers are stored in that."""
+        return self.class_centers.working_dtype
 
     def label_rows(self, labels: Tensor) -> Tensor:
         """Labels as [b, P] whatever P is."""
@@ -219,11 +259,30 @@ class PartialFC(nn.Module):
             return all_in_play(labels_V, self.partition)
         return self.sampler.in_play(labels_V, self.partition, self.step)
 
+    def drawn_next(self) -> Tensor:
+        """[n] int64, on the CPU: the rows that the coming step draws, besides those of its batch."""
+        assert self.sampler is not None
+        rows = self.sampler.in_play(torch.empty(0, dtype=torch.int64), self.partition, self.step).rows
+        assert rows is not None
+        return rows
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is computed."""
+        return self.class_centers.device
+
     def _on_device(self, state: State) -> State:
-        return {name: value.to(self.class_centers.weight.device) for name, value in state.items()}
+        return {name: value.to(self.device) for name, value in state.items()}
 
     def _apply(self, function: Any, recurse: bool = True) -> PartialFC:
-        _check_dtype(function(torch.zeros(1, dtype=self.dtype)).dtype)
+        stored = self.class_centers.weight.dtype
+        asked = function(torch.zeros(1, dtype=stored)).dtype
+        if asked != stored:
+            raise ValueError(
+                f"the head was asked to convert itself to {asked}, but its class centers stay in {stored}: rounded to "
+                "the nearest 16-bit number they would lose the small steps of training, weight decay first; build it "
+                "with dtype=torch.float16 for 16 bits with stochastic rounding"
+            )
         # The margin's state stays float64, but follows the class centers to another device.
         super()._apply(function, recurse)
         self.margin_state = self._on_device(self.margin_state)
@@ -260,78 +319,3 @@ class PartialFC(nn.Module):
             )
         self.step = int(state["step"])
         self.margin_state = self._on_device(state["margin"])
-
-
-def _check_numbers(
-    embedding_dim: int,
-    sample_rate: float,
-    num_subcenters: int,
-    labels_per_row: int,
-    dtype: torch.dtype,
-    init_std: float,
-    loss_weight: float,
-) -> None:
-    for name, count in (
-        ("embedding_dim", embedding_dim),
-        ("num_subcenters", num_subcenters),
-        ("labels_per_row", labels_per_row),
-    ):
-        if count < 1:
-            raise ValueError(f"{name} is {count}, but must be at least 1")
-    if not 0 < sample_rate <= 1:
-        raise ValueError(
-            f"sample_rate is {sample_rate}, but must be in (0, 1]: the share of classes drawn at each step"
-        )
-    _check_dtype(dtype)
-    for name, value in (("init_std", init_std), ("loss_weight", loss_weight)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} is {value}, but must be positive and finite")
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype is {dtype}, but class centers are stored in torch.float32 or torch.float64")
-
-
-def _check_margin(margin: Margin, sampling_correction: bool | None, labels_per_row: int) -> None:
-    if not isinstance(margin, Margin):
-        raise ValueError(f"margin is {margin!r}, but must be a margin of partialfc.margins, such as ArcFace()")
-    name = type(margin).__name__
-    if margin.needs_sampling_correction and sampling_correction is False:
-        raise ValueError(
-            f"sampling_correction is False, but {name} depends on the level of the sum over all classes and needs it; "
-            "leave it at None"
-        )
-    if labels_per_row > 1 and not margin.allows_several_labels:
-        raise ValueError(
-            f"labels_per_row is {labels_per_row}, but {name} is not a softmax, and would count the negatives of a row "
-            "once for each label; it takes 1"
-        )
-
-
-def _check_options(
-    margin: Margin,
-    threshold: float | None,
-    variational: VariationalPrototypes | None,
-    auxiliaries: Sequence[Auxiliary],
-    num_subcenters: int,
-    labels_per_row: int,
-) -> None:
-    if threshold is not None and not (margin.compares_cosines and -1 < threshold < 1):
-        allowed = "in (-1, 1)" if margin.compares_cosines else f"None: {type(margin).__name__} compares no cosines"
-        raise ValueError(f"interclass_filtering_threshold is {threshold}, but must be {allowed}")
-    if not isinstance(variational, VariationalPrototypes | None):
-        raise ValueError(f"variational is {variational!r}, but must be VariationalPrototypes or None")
-    if variational is not None and num_subcenters > 1:
-        raise ValueError(
-            f"variational prototypes take one center for each class, but num_subcenters is {num_subcenters}"
-        )
-    if variational is not None and not margin.compares_cosines:
-        raise ValueError(f"variational prototypes are unit vectors, but {type(margin).__name__} compares no cosines")
-    for term in auxiliaries:
-        if not isinstance(term, Auxiliary):
-            raise ValueError(
-                f"auxiliaries has {term!r}, but must have terms of partialfc.margins, such as CenterLoss()"
-            )
-    if auxiliaries and labels_per_row > 1:
-        raise ValueError(f"auxiliaries take one label for each row, but labels_per_row is {labels_per_row}")

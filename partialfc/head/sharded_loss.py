@@ -62,17 +62,21 @@ def exclude_own_classes(logits_Vn: Tensor, in_play: ClassesInPlay, labels_per_ro
     )
 
 
-def log_weights(in_play: ClassesInPlay, num_in_play: int, dtype: torch.dtype) -> Tensor | None:
-    """[n], minus the log of the probability with which a class is in play: 0 for the classes of the batch.
+def log_weights(column_V: Tensor, num_classes: int, in_play: ClassesInPlay, dtype: torch.dtype) -> Tensor | None:
+    """[c], minus the log of the probability with which a class is in play: 0 for the classes of the batch.
 
     None if every class is in play.
+
+    Args:
+        column_V: which of the c classes is that of each case; -1 for none.
+        num_classes: c.
+        in_play: says how probable it is that a class is in play.
+        dtype: of the result.
     """
     if in_play.drawn_probability == 1:
         return None
-    slot_V = torch.where(in_play.owned_V, in_play.slot_V, num_in_play)
-    in_batch = torch.zeros(num_in_play + 1, dtype=torch.bool, device=slot_V.device).index_fill(0, slot_V, True)
-    drawn_n = torch.full((num_in_play,), -math.log(in_play.drawn_probability), dtype=dtype, device=slot_V.device)
-    return drawn_n.masked_fill(in_batch[:num_in_play], 0.0)
+    padded = torch.full((num_classes + 1,), -math.log(in_play.drawn_probability), dtype=dtype, device=column_V.device)
+    return padded.index_fill_(0, torch.where(column_V < 0, num_classes, column_V), 0.0)[:num_classes]
 
 
 def negative_logits(similarity_Vn: Tensor, parameters: Parameters, *, margin: Margin, mesh: ShardMesh) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.distributed.partition import ClassPartition
-from partialfc.head.class_table import ClassTable
+from partialfc.head.class_table import ClassTable, Rows
 from partialfc.head.global_batch import GlobalBatch
 from partialfc.head.sampling import owned_classes
 
@@ -71,7 +71,7 @@ class PrototypeMemory(ClassTable):
         self.add("embedding", like.new_zeros((*shape, embedding_dim)))
         self.add("seen", torch.full(shape, _NEVER, dtype=torch.int64, device=like.device))
 
-    def mix(self, centers_nKD: Tensor, rows: Tensor | None, step: int) -> Tensor:
+    def mix(self, centers_nKD: Tensor, rows: Rows, step: int) -> Tensor:
         """The class centers at `rows`, those of classes that were seen lately mixed with their embedding."""
         settings = self.settings
         if step < settings.start_step:

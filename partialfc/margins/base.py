@@ -137,6 +137,11 @@ class Margin:
         return self.normalize_embeddings and self.normalize_class_centers
 
     @property
+    def keeps_negatives(self) -> bool:
+        """Whether `negative` is the identity, so that logits of negatives are similarities times a scale."""
+        return type(self).negative is Margin.negative
+
+    @property
     def allows_several_labels(self) -> bool:
         """Whether the loss of a row with several labels is that of each label with the same negatives: of a softmax."""
         return self.aggregate is Aggregate.LOGSUMEXP
@@ -217,7 +222,7 @@ class ScaledMargin(Margin):
     @property
     def logit_bound(self) -> float | None:
         """The scale, if similarities are cosines and stay what they are."""
-        as_they_are = type(self).negative is Margin.negative and type(self).logit_scale is ScaledMargin.logit_scale
+        as_they_are = self.keeps_negatives and type(self).logit_scale is ScaledMargin.logit_scale
         return self.scale if self.compares_cosines and as_they_are else None
 
     def logit_scale(self, parameters: Parameters) -> float | Tensor:

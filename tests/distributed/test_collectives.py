@@ -19,7 +19,7 @@ from partialfc.distributed.collectives import (
     gather_rows,
     logsumexp_over_shards,
     max_over_ranks,
-    reduce_scatter_equal,
+    start_reduce_scatter,
     sum_over_shards,
 )
 from partialfc.distributed.mesh import ShardMesh
@@ -37,6 +37,7 @@ from partialfc.margins import (
     FNormSphereFace,
     MagFace,
     Margin,
+    NormFace,
     Softmax,
     SphereFace,
     SphereFace2,
@@ -71,7 +72,11 @@ def check_plain(rank: int, mesh: ShardMesh) -> None:
 
     partial = torch.arange(2.0 * mesh.size) * (rank + 1)
     factor = sum(range(1, mesh.size + 1))
-    assert reduce_scatter_equal(partial, mesh).tolist() == [factor * (2.0 * rank + i) for i in range(2)]
+    wait = start_reduce_scatter(partial, mesh)
+    # Others may go on in the meantime.
+    assert max_over_ranks([rank], mesh) == [mesh.size - 1]
+    assert wait().tolist() == [factor * (2.0 * rank + i) for i in range(2)]
+    assert torch.equal(partial, torch.arange(2.0 * mesh.size) * (rank + 1)), "the argument was changed"
 
     assert max_over_ranks([rank, -rank, 5], mesh) == [mesh.size - 1, 0, 5]
 
@@ -153,9 +158,10 @@ def collectives_of_a_step(head: PartialFC, rank: int) -> dict[str, int]:
     return dict(counting.counts)
 
 
-def check_counts(rank: int, mesh: ShardMesh) -> None:
+def check_counts(rank: int, mesh: ShardMesh, *, fused: bool) -> None:
     def count(margin: Margin, sample_rate: float, **options: Any) -> dict[str, int]:
-        return collectives_of_a_step(PartialFC(300, 8, margin=margin, sample_rate=sample_rate, **options), rank)
+        head = PartialFC(300, 8, margin=margin, sample_rate=sample_rate, fused=fused, **options)
+        return collectives_of_a_step(head, rank)
 
     def expected(all_reduces: int) -> dict[str, int]:
         return {"_allgather_base_": 2, "allreduce_": all_reduces, "_reduce_scatter_base_": 1}
@@ -166,8 +172,8 @@ def check_counts(rank: int, mesh: ShardMesh) -> None:
         # A maximum first, where exp of a logit may overflow: without normalisation, or at a large scale.
         assert count(Softmax(), sample_rate) == expected(3)
         assert count(ArcFace(scale=100.0), sample_rate) == expected(3)
-        # Two gradients of per-row numbers that meet the classes of all ranks.
-        assert count(ProbeMargin(), sample_rate) == expected(5)
+        # Two gradients of per-row numbers that meet the classes of all ranks: in one message, if the step is fused.
+        assert count(ProbeMargin(), sample_rate) == expected(4 if fused else 5)
         # What a margin knows of the row from the gathered batch costs nothing.
         for margin in (FNormSphereFace(), AdaFace(), MagFace(), ElasticFace(sort=True)):
             assert count(margin, sample_rate) == expected(2)
@@ -176,7 +182,7 @@ def check_counts(rank: int, mesh: ShardMesh) -> None:
             assert count(margin, sample_rate) == expected(3)
         # A sum without a maximum, and the gradient of the bias; a scale for each row, and its gradient.
         assert count(UniFace(), sample_rate) == count(SphereFace2(), sample_rate) == expected(3)
-        assert count(SphereFace(), sample_rate) == expected(4)
+        assert count(SphereFace(), sample_rate) == count(NormFace(learned=True), sample_rate) == expected(4)
         # One more softmax, at the scale of the step before.
         assert count(AdaCos(), sample_rate) == expected(5)
         # Options that ask no other rank, and those that do.
@@ -193,13 +199,15 @@ def check_all(rank: int, world_size: int) -> None:
     assert (mesh.rank, mesh.size) == (rank, world_size)
     for check in (check_plain, check_gather_rows, check_sum_and_copy, check_logsumexp):
         check(rank, mesh)
-    check_counts(rank, mesh)
+    for fused in (True, False):
+        check_counts(rank, mesh, fused=fused)
 
 
 def test_one_process_takes_the_same_path_without_a_collective():
     for check in (check_plain, check_gather_rows, check_sum_and_copy, check_logsumexp):
         check(0, ShardMesh.single())
-    assert collectives_of_a_step(PartialFC(300, 8, margin=ArcFace(), sample_rate=0.2), 0) == {}
+    for fused in (True, False):
+        assert collectives_of_a_step(PartialFC(300, 8, margin=ArcFace(), sample_rate=0.2, fused=fused), 0) == {}
 
 
 def test_three_ranks():

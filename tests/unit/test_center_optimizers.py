@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from partialfc import CenterAdamW, CenterSGD, PartialFC
+from partialfc import CenterAdagrad, CenterAdamW, CenterSGD, PartialFC
 from partialfc.head import reference_loss
-from partialfc.margins import CosFace
+from partialfc.head.optimizers import CenterOptimizer
+from partialfc.margins import ArcFace, CosFace, Softmax
 
 NUM_CLASSES, DIM, STEPS = 40, 6, 6
 MARGIN = CosFace(scale=16.0)
@@ -85,12 +86,13 @@ def in_play(head: PartialFC, labels: Tensor, step: int) -> Tensor:
     ("optimizer", "names"),
     [
         (CenterSGD(), ["class_centers.weight", "class_centers.momentum"]),
+        (CenterAdagrad(), ["class_centers.weight", "class_centers.squares"]),
         (
             CenterAdamW(),
             [f"class_centers.{name}" for name in ("weight", "mean", "variance", "updates")],
         ),
     ],
-    ids=["sgd", "adamw"],
+    ids=["sgd", "adagrad", "adamw"],
 )
 def test_rows_not_in_play_keep_their_value_and_their_state(optimizer, names):
     head = build_head(optimizer, sample_rate=0.2)
@@ -133,14 +135,109 @@ def test_the_first_step_of_adamw_is_as_long_for_a_row_that_comes_late():
     assert late > 5
 
 
-def test_optimizers_leave_their_arguments_alone():
-    centers, gradient = torch.ones(2, 3), torch.full((2, 3), 0.5)
-    for optimizer in (CenterSGD(), CenterAdamW()):
-        state = optimizer.initial_state(centers)
-        optimizer.update(centers, gradient, state, learning_rate=0.1)
-        assert torch.equal(centers, torch.ones(2, 3))
-        assert torch.equal(gradient, torch.full((2, 3), 0.5))
-        assert all(not bool(value.any()) for value in state.values())
+@pytest.mark.parametrize(
+    ("optimizer", "centers", "state"),
+    [
+        # Two steps by hand: gradient 0.5, then 0.25; centers from 1; rate 0.1.
+        (CenterSGD(momentum=0.5, weight_decay=1.0), 0.665, {"momentum": 1.85}),
+        (CenterSGD(momentum=0.0, weight_decay=0.0), 0.925, {}),
+        (CenterAdagrad(epsilon=0.0, weight_decay=0.0), 1 - 0.1 - 0.1 * 0.25 / 0.3125**0.5, {"squares": 0.3125}),
+        (
+            CenterAdamW(beta1=0.5, beta2=0.5, epsilon=0.0, weight_decay=1.0),
+            (0.9 - 0.1) * 0.9 - 0.1 * (0.25 / 0.75) / (0.09375 / 0.75) ** 0.5,
+            {"mean": 0.25, "variance": 0.09375, "updates": 2},
+        ),
+    ],
+    ids=["sgd", "plain sgd", "adagrad", "adamw"],
+)
+def test_optimizers_move_centers_and_state_where_they_are(optimizer, centers, state):
+    shape = (2, 1, 3)
+    moved = torch.ones(shape, dtype=torch.float64)
+    fields = {
+        name: torch.zeros_like(field.shape_for(moved), dtype=field.working(torch.float64))
+        for name, field in optimizer.fields.items()
+    }
+    for gradient in (0.5, 0.25):
+        optimizer.update_(moved, torch.full(shape, gradient, dtype=torch.float64), fields, learning_rate=0.1)
+    torch.testing.assert_close(moved, torch.full_like(moved, centers), rtol=1e-14, atol=0)
+    assert fields.keys() == state.keys()
+    for name, value in state.items():
+        expected = torch.full_like(fields[name], value)
+        torch.testing.assert_close(fields[name], expected, rtol=1e-14, atol=0)
+        assert fields[name].shape == (shape[:2] if name in ("squares", "updates") else shape)
+
+
+def adagrad_steps(optimizer: CenterAdagrad, dim: int) -> tuple[PartialFC, list[tuple[Tensor, Tensor]]]:
+    """A head in float64, and batches for it."""
+    head = PartialFC(
+        40, dim, margin=Softmax(bias=False), optimizer=optimizer, dtype=torch.float64, init_std=1.0, num_subcenters=1
+    )
+    generator = torch.Generator().manual_seed(0)
+    return head, [
+        (
+            torch.randn(6, dim, generator=generator, dtype=torch.float64),
+            torch.randint(40, (6,), generator=generator),
+        )
+        for _ in range(8)
+    ]
+
+
+def test_adagrad_of_rows_of_one_number_is_that_of_torch():
+    head, batches = adagrad_steps(CenterAdagrad(learning_rate=0.3, epsilon=1e-6, weight_decay=0.1), 1)
+    centers = head.gather_class_centers().requires_grad_()
+    expected = torch.optim.Adagrad([centers], lr=0.3, eps=1e-6, weight_decay=0.1)
+    for step, (embeddings, labels) in enumerate(batches):
+        head.learning_rate = expected.param_groups[0]["lr"] = 0.3 / (step + 1)
+        head(embeddings, labels).backward()
+        expected.zero_grad()
+        reference_loss(embeddings, labels, centers, head.margin)[0].backward()
+        expected.step()
+        torch.testing.assert_close(head.gather_class_centers(), centers.detach(), rtol=0, atol=1e-12)
+    squares = head.class_centers.read("squares", None).flatten()
+    torch.testing.assert_close(squares, expected.state[centers]["sum"].flatten(), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_adagrad_of_a_row_grows_by_the_mean_of_its_squared_gradient(fused):
+    head, batches = adagrad_steps(CenterAdagrad(learning_rate=0.3, epsilon=1e-3, weight_decay=0.1), 5)
+    head.fused = fused
+    centers, squares = head.gather_class_centers(), torch.zeros(40, dtype=torch.float64)
+    for embeddings, labels in batches:
+        head(embeddings, labels).backward()
+        leaf = centers.clone().requires_grad_()
+        reference_loss(embeddings, labels, leaf, head.margin)[0].backward()
+        assert leaf.grad is not None
+        for number in range(40):
+            gradient = leaf.grad[number] + 0.1 * centers[number]
+            squares[number] += sum(float(value) ** 2 for value in gradient) / 5
+            centers[number] -= 0.3 * gradient / (squares[number].sqrt() + 1e-3)
+        torch.testing.assert_close(head.gather_class_centers(), centers, rtol=0, atol=1e-12)
+    torch.testing.assert_close(head.class_centers.read("squares", None)[:, 0], squares, rtol=1e-12, atol=0)
+
+
+# (dtype of centers, optimizer): bytes of a class at D = 512.
+SIZES: list[tuple[torch.dtype, CenterOptimizer, int]] = [
+    (torch.float32, CenterSGD(), 4096),
+    (torch.float32, CenterSGD(momentum=0.0), 2048),
+    (torch.float32, CenterSGD(momentum_dtype="bfloat16"), 2048 + 1024),
+    (torch.float32, CenterAdamW(), 3 * 2048 + 4),
+    (torch.float32, CenterAdagrad(), 2048 + 4),
+    (torch.float16, CenterSGD(), 1024 + 2048),
+    (torch.float16, CenterSGD(momentum_dtype="bfloat16"), 2048),
+    (torch.bfloat16, CenterSGD(momentum_dtype="bfloat16"), 2048),
+    (torch.float16, CenterSGD(momentum_dtype="int8"), 1024 + 512 + 32),
+    (torch.float16, CenterAdagrad(), 1028),
+    (torch.float16, CenterSGD(momentum=0.0), 1024),
+]
+
+
+@pytest.mark.parametrize(("dtype", "optimizer", "num_bytes"), SIZES, ids=str)
+def test_bytes_of_a_class(dtype, optimizer, num_bytes):
+    head = PartialFC(256, 512, margin=ArcFace(), dtype=dtype, optimizer=optimizer)
+    assert sum(buffer.nbytes for buffer in head.buffers()) == 256 * num_bytes
+    # And in a checkpoint.
+    saved = [value for value in head.state_dict().values() if isinstance(value, Tensor)]
+    assert sum(value.nbytes for value in saved) == 256 * num_bytes
 
 
 @pytest.mark.parametrize(
@@ -149,6 +246,12 @@ def test_optimizers_leave_their_arguments_alone():
         (lambda: CenterSGD(learning_rate=-0.1), "CenterSGD.learning_rate is -0.1, but must not be negative"),
         (lambda: CenterSGD(momentum=-1.0), "CenterSGD.momentum is -1.0, but must be in \\[0, 1\\)"),
         (lambda: CenterSGD(weight_decay=-1e-4), "CenterSGD.weight_decay is -0.0001, but must not be negative"),
+        (
+            lambda: CenterSGD(momentum_dtype="float16"),
+            r"CenterSGD.momentum_dtype is 'float16', but must be one of \('float32', 'bfloat16', 'int8'\)",
+        ),
+        (lambda: CenterSGD(decay="none"), r"CenterSGD.decay is 'none', but must be one of \('lazy', 'dense'\)"),
+        (lambda: CenterAdagrad(epsilon=-1.0), "CenterAdagrad.epsilon is -1.0, but must not be negative"),
         (lambda: CenterAdamW(epsilon=-1.0), "CenterAdamW.epsilon is -1.0, but must not be negative"),
         (lambda: CenterAdamW(beta1=1.0), r"CenterAdamW.beta1 is 1.0, but must be in \[0, 1\)"),
         (lambda: CenterAdamW(beta2=-0.5), r"CenterAdamW.beta2 is -0.5, but must be in \[0, 1\)"),

@@ -177,8 +177,8 @@ def test_scientific_notation_is_a_number(write, text, number):
         (
             "head.smaple_rate=0.1",
             "head.smaple_rate: unknown key; did you mean 'sample_rate'?; allowed are margin, sample_rate, "
-            "sampling_correction, num_subcenters, interclass_filtering_threshold, variational, auxiliaries, optimizer, "
-            "init_std, num_classes, loss_weight",
+            "sampling, sampling_correction, num_subcenters, interclass_filtering_threshold, variational, auxiliaries, "
+            "optimizer, dtype, matmul_dtype, fused, offload, init_std, num_classes, loss_weight",
         ),
         (
             "bakbone.name=vit_tiny",
@@ -246,8 +246,8 @@ def test_scientific_notation_is_a_number(write, text, number):
         ),
         (
             "head.optimizer.name=sgdd",
-            "head.optimizer: {'name': 'sgdd'} given; name is 'sgdd', but must be one of sgd, adamw; did you mean "
-            "'sgd'?",
+            "head.optimizer: {'name': 'sgdd'} given; name is 'sgdd', but must be one of sgd, adamw, adagrad; did "
+            "you mean 'sgd'?",
         ),
         (
             "head.optimizer.learning_rate=-1",

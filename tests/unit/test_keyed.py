@@ -152,6 +152,26 @@ def test_permutation_takes_one_element_at_a_time_and_keys_as_integers_or_tensors
     assert torch.equal(permutation(torch.arange(100), torch.tensor(9)), whole)
 
 
+@pytest.mark.parametrize("positions", [1, 8, 16, 40, 256])
+@pytest.mark.parametrize("size", [1, 2, 37, 256, 512, 1000, 1009, 5888])
+def test_permutation_of_many_positions_for_each_key_is_that_of_each(size, positions):
+    permutation = KeyedPermutation(size)
+    position = torch.arange(3, 3 + positions) % size
+    keys = hash64(6, torch.arange(5))
+    kept = keys.clone()
+    assert torch.equal(permutation.for_each_key(position, keys), permutation(position, keys[:, None]))
+    assert torch.equal(keys, kept)
+    assert permutation.for_each_key(position, keys[:0]).shape == (0, positions)
+
+
+@pytest.mark.parametrize("size", [*range(1, 71), 145, 146, 173, 256, 1009, 7919])
+def test_static_permutation_has_the_same_elements(size):
+    positions, keys = torch.arange(size), hash64(7, torch.arange(20))[:, None]
+    static, plain = KeyedPermutation(size, static=True), KeyedPermutation(size)
+    assert torch.equal(static(positions, keys), plain(positions, keys))
+    assert torch.equal(static.inverse(positions, keys), plain.inverse(positions, keys))
+
+
 @pytest.mark.parametrize("size", [2, 3, 5, 16, 37, 256])
 def test_permutation_brings_every_pair_to_the_front_equally_often(size):
     draws = 20_000

@@ -374,8 +374,9 @@ def test_bad_batches_are_named(embeddings, labels, message):
         (
             10,
             8,
-            {"dtype": torch.bfloat16},
-            "dtype is torch.bfloat16, but class centers are stored in torch.float32 or torch.float64",
+            {"dtype": torch.int8},
+            "dtype is torch.int8, but class centers are stored in torch.float32 or torch.float64, or with stochastic "
+            "rounding in torch.float16 or torch.bfloat16",
         ),
         (10, 8, {"init_std": 0.0}, "init_std is 0.0, but must be positive and finite"),
     ],

@@ -1,0 +1,95 @@
+"""What a step works out of the rows of the batch, the same on all ranks: it meets no class centers.
+
+Shapes: see `partial_fc.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from partialfc.head.global_batch import GlobalBatch
+from partialfc.keyed import normal
+from partialfc.margins.base import Need, Row, State
+
+if TYPE_CHECKING:
+    from partialfc.head.partial_fc import PartialFC
+
+__all__ = ["HeadStep", "RowGradients", "auxiliary_loss", "case_row", "margin_statistics", "mean_over_rows"]
+
+_NOISE_STREAM = 3  # keeps these hashes apart from those of other parts that use the same seed
+
+
+@dataclass(frozen=True)
+class RowGradients:
+    """Derivatives of the loss.
+
+    Attributes:
+        embeddings_BD: by way of this rank's class centers: a part of a sum over ranks.
+        replicated_BD: by way of what all ranks compute alike: whole. None for zero.
+        learned: by the learnable numbers of the margin: whole.
+    """
+
+    embeddings_BD: Tensor
+    replicated_BD: Tensor | None
+    learned: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class HeadStep:
+    """A loss and what follows from it.
+
+    Attributes:
+        loss: a scalar, equal on all ranks.
+        state: of the margin, after the step.
+        statistics: numbers to look at, scalars.
+        gradients: by all but the class centers; None if they were not asked for.
+        move_centers: moves class centers and their biases by one step along their gradient, at a learning rate.
+    """
+
+    loss: Tensor
+    state: State
+    statistics: dict[str, Tensor]
+    gradients: RowGradients | None = None
+    move_centers: Callable[[float], None] | None = None
+
+
+def case_row(
+    head: PartialFC, batch: GlobalBatch, replicated_BD: Tensor, target_V: Tensor, learned: Mapping[str, Tensor]
+) -> Row:
+    """What the margin asks to know of each case, but for sums over classes."""
+    norm_V = noise_V = None
+    if Need.EMBEDDING_NORM in head.margin.needs:
+        norm_V = batch.to_cases(replicated_BD.norm(dim=1))
+    if Need.NOISE in head.margin.needs:
+        noise_V = normal(head.seed, _NOISE_STREAM, head.step, batch.number_V).to(head.dtype)
+    return Row(target_V, batch.valid_V, head.step, norm_V, noise_V, learned=learned)
+
+
+def mean_over_rows(loss_V: Tensor, batch: GlobalBatch) -> Tensor:
+    """The sum over valid cases, by the number of valid rows."""
+    return torch.where(batch.valid_V, loss_V, 0.0).sum() / batch.num_valid_rows.clamp(min=1)
+
+
+def auxiliary_loss(head: PartialFC, shared_BD: Tensor, batch: GlobalBatch) -> tuple[Tensor | float, dict[str, Tensor]]:
+    """The sum of the auxiliary terms with their weights, and each of them. Collective, if there are any."""
+    loss: Tensor | float = 0.0
+    values = {}
+    for term in head.auxiliary_terms:
+        value = term.value(shared_BD, batch)
+        values[term.name] = value.detach()
+        loss = loss + term.weight * value
+    return loss, values
+
+
+def margin_statistics(mean: Tensor, row: Row, batch: GlobalBatch) -> dict[str, Tensor]:
+    """What there is to see of the margin loss."""
+    statistics = {"margin_loss": mean.detach()}
+    if row.embedding_norm is not None:
+        norms = torch.where(batch.valid_V, row.embedding_norm.detach(), 0.0)
+        statistics["embedding_norm"] = norms.sum() / batch.valid_V.sum().clamp(min=1)
+    return statistics

@@ -1,0 +1,295 @@
+"""The plan of a run: costs of backbone and heads added up, and the table that shows them.
+
+Shapes: B rows of the global batch, b of a rank's, D embedding dimension, N ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from partialfc.config import Config, HeadConfig
+from partialfc.data import ShardIndex
+from partialfc.plan.backbone import BackboneCost, count_backbone
+from partialfc.plan.head import BLOCK, HeadCost, count_head, local_rows
+from partialfc.plan.sizes import format_bytes
+
+__all__ = ["Machine", "Plan", "make_plan", "plan_table"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU, and how many of them. Rates are assumptions: those of the data sheet of an H100 SXM, if not set.
+
+    Attributes:
+        num_gpus: N, at least 1.
+        memory_bytes: of each.
+        tflops: 10^12 operations a second of matrix products of 16-bit numbers.
+        tflops_fp32: the same, of float32 numbers.
+        bandwidth_gb: 10^9 bytes a second between the GPU and its memory.
+
+    Raises:
+        ValueError: if one of them is not positive.
+    """
+
+    num_gpus: int
+    memory_bytes: int
+    tflops: float = 989.0
+    tflops_fp32: float = 67.0
+    bandwidth_gb: float = 3350.0
+
+    def __post_init__(self) -> None:
+        if self.num_gpus < 1:
+            raise ValueError(f"--gpus is {self.num_gpus}, but must be at least 1")
+        assert self.memory_bytes > 0
+        for option, rate in (
+            ("--tflops", self.tflops),
+            ("--tflops-fp32", self.tflops_fp32),
+            ("--bandwidth", self.bandwidth_gb),
+        ):
+            if not 0 < rate < float("inf"):
+                raise ValueError(f"{option} is {rate}, but must be positive and finite")
+
+    def flops(self, *, half: bool) -> float:
+        """Operations a second."""
+        return 1e12 * (self.tflops if half else self.tflops_fp32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one rank, that which has the most classes.
+
+    Attributes:
+        machine: what it is made for.
+        heads: by task, "main" first.
+        identities: of each head.
+        backbone: its costs.
+        local_batch_size: b, of all tasks.
+        half: whether the backbone multiplies 16-bit numbers.
+    """
+
+    machine: Machine
+    heads: dict[str, HeadCost]
+    identities: dict[str, int]
+    backbone: BackboneCost
+    local_batch_size: int
+    half: bool
+
+    def rows(self, name: str) -> int:
+        """Classes of a head on the rank."""
+        return local_rows(self.identities[name], self.machine.num_gpus)
+
+    @property
+    def backbone_bytes(self) -> int:
+        """Parameters, gradients, optimizer state and activations."""
+        cost = self.backbone
+        standing = cost.parameter_bytes + cost.gradient_bytes + cost.optimizer_bytes
+        return standing + cost.activation_bytes(self.local_batch_size)
+
+    def head_bytes(self, name: str) -> int:
+        """On the GPU, with the memory of a step."""
+        return self.heads[name].device_bytes(self.rows(name), self.machine.num_gpus)
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Of everything that is counted."""
+        return self.backbone_bytes + sum(self.head_bytes(name) for name in self.heads)
+
+    @property
+    def host_bytes(self) -> int:
+        """Tables in the memory of the host, of this rank."""
+        return sum(head.table_bytes(self.rows(name), on_host=True) for name, head in self.heads.items())
+
+    @property
+    def most_identities(self) -> int:
+        """The largest number of identities of the main head that fits, beside backbone and other heads; 0 if none."""
+        num_gpus, head = self.machine.num_gpus, self.heads["main"]
+        room = self.machine.memory_bytes - self.gpu_bytes + self.head_bytes("main")
+
+        def fits(blocks: int) -> bool:
+            return head.device_bytes(blocks * BLOCK, num_gpus) <= room
+
+        low, high = 0, 1
+        while fits(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low * BLOCK * num_gpus
+
+    @property
+    def head_seconds(self) -> float:
+        """The least time of a step of all heads: of its operations or of its memory traffic, whichever is longer."""
+        seconds = 0.0
+        for name, head in self.heads.items():
+            in_play = head.rows_in_play(self.rows(name), self.machine.num_gpus)
+            compute = head.flop(in_play) / self.machine.flops(half=head.half)
+            seconds += max(compute, head.traffic_bytes(in_play) / (1e9 * self.machine.bandwidth_gb))
+        return seconds
+
+    @property
+    def backbone_seconds(self) -> float:
+        """The least time of forward and backward pass; the latter counted as twice the former."""
+        return 3 * self.local_batch_size * self.backbone.forward_flop / self.machine.flops(half=self.half)
+
+    @property
+    def communication(self) -> list[tuple[str, int, float]]:
+        """(collective, its bytes, bytes that a rank sends in a ring) of a step; nothing on one GPU."""
+        num = self.machine.num_gpus
+        if num == 1:
+            return []
+        gather = (num - 1) / num
+        rows: list[tuple[str, int, float]] = []
+        for name, head in self.heads.items():
+            prefix, batch = "" if len(self.heads) == 1 else f"{name}: ", head.global_batch_size
+            embeddings = batch * head.embedding_dim * head.element_bytes
+            labels, numbers = 8 * (batch + num), head.num_reductions * batch * head.element_bytes
+            rows += [
+                (f"{prefix}all-gather of embeddings [B, D]", embeddings, gather),
+                (f"{prefix}all-gather of labels [B]", labels, gather),
+                (f"{prefix}{head.num_reductions} all-reduces of [B]", numbers, 2 * gather),
+                (f"{prefix}reduce-scatter of gradient [B, D]", embeddings, gather),
+            ]
+        rows.append(("backbone: all-reduce of gradient", self.backbone.gradient_bytes, 2 * gather))
+        return [(name, size, share * size) for name, size, share in rows]
+
+
+def make_plan(config: Config, machine: Machine, *, identities: int | None = None) -> Plan:
+    """Counts the parts of a run.
+
+    Args:
+        config: of the run.
+        machine: to run on.
+        identities: classes of the main head; None for `head.num_classes`, or those of the data.
+
+    Raises:
+        ValueError: if the number of classes is not known, or a part cannot be built.
+    """
+    if identities is not None and identities < 1:
+        raise ValueError(f"--identities is {identities}, but must be at least 1")
+    batch_sizes = {"main": config.training.global_batch_size}
+    settings, directories = {"main": config.head}, {"main": config.data.directory}
+    for name, task in config.tasks.items():
+        settings[name], directories[name] = task.head, task.data_directory
+        batch_sizes[name] = task.global_batch_size
+    counts, heads = {}, {}
+    for name, head in settings.items():
+        path = "head" if name == "main" else f"tasks.{name}.head"
+        if name == "main" and identities is not None:
+            counts[name] = identities
+        else:
+            counts[name] = _num_classes(head, directories[name] / "train", path)
+        rows = local_rows(counts[name], machine.num_gpus)
+        heads[name] = count_head(config, head, rows=rows, global_batch_size=batch_sizes[name], path=path)
+    local_batch_size = sum(-(-size // machine.num_gpus) for size in batch_sizes.values())
+    half = config.training.precision == "bf16"
+    return Plan(machine, heads, counts, count_backbone(config), local_batch_size, half)
+
+
+def _num_classes(head: HeadConfig, directory: object, path: str) -> int:
+    if head.num_classes is not None:
+        return head.num_classes
+    try:
+        return ShardIndex.open(str(directory)).num_classes
+    except FileNotFoundError:
+        allowed = f"--identities, or {path}.num_classes=..." if path == "head" else f"{path}.num_classes=..."
+        raise ValueError(
+            f"{path}.num_classes is null and there is no data in {directory}, so the number of identities is not "
+            f"known; set {allowed}"
+        ) from None
+
+
+def plan_table(plan: Plan) -> str:
+    """The plan as text."""
+    sections = [_head_section(plan, name) for name in plan.heads]
+    sections += [_memory_section(plan), _time_section(plan), _communication_section(plan)]
+    return "\n\n".join(sections)
+
+
+def _rows(rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    values = max(len(value) for _, value in rows)
+    return "\n".join(f"  {name:<{width}}  {value:>{values}}" for name, value in rows)
+
+
+def _head_section(plan: Plan, name: str) -> str:
+    head, rows = plan.heads[name], plan.rows(name)
+    in_play = head.rows_in_play(rows, plan.machine.num_gpus)
+    centers = f", {head.settings.num_subcenters} sub-centers each" if head.settings.num_subcenters > 1 else ""
+    title = f"Head {name}: {plan.identities[name]:,} identities, D = {head.embedding_dim}{centers}"
+    parts = [
+        (f"{part.name} ({part.dtype}{', in host memory' if part.on_host else ''})", f"{part.bytes_per_class:,} B")
+        for part in head.parts
+    ]
+    return "\n".join(
+        [
+            f"{title}\n\nstored for each class (counted)",
+            _rows([*parts, ("together", f"{head.bytes_per_class:,} B")]),
+            f"\n{rows:,} of them on a rank, {in_play:,} in play in a step of {head.global_batch_size:,} rows",
+        ]
+    )
+
+
+def _memory_section(plan: Plan) -> str:
+    cost, machine, num_gpus = plan.backbone, plan.machine, plan.machine.num_gpus
+    rows = [
+        ("backbone: parameters and buffers", format_bytes(cost.parameter_bytes)),
+        ("backbone: gradients", format_bytes(cost.gradient_bytes)),
+        ("backbone: optimizer state", format_bytes(cost.optimizer_bytes)),
+        (
+            f"backbone: activations of {plan.local_batch_size} images (estimate)",
+            format_bytes(cost.activation_bytes(plan.local_batch_size)),
+        ),
+    ]
+    for name, head in plan.heads.items():
+        count = plan.rows(name)
+        staged = head.staged_bytes(count, num_gpus)
+        rows.append((f"head {name}: tables of {count:,} classes", format_bytes(head.table_bytes(count, on_host=False))))
+        if staged:
+            rows.append((f"head {name}: staged rows of a step", format_bytes(staged)))
+        rows.append((f"head {name}: memory of a step (estimate)", format_bytes(head.step.bytes_for(count))))
+    rows.append(("together", format_bytes(plan.gpu_bytes)))
+    over = plan.gpu_bytes - machine.memory_bytes
+    verdict = f"does NOT fit: {format_bytes(over)} too much" if over > 0 else f"fits, {format_bytes(-over)} left"
+    gpus = f"{num_gpus} GPU{'s' if num_gpus > 1 else ''} of {format_bytes(machine.memory_bytes)}"
+    rows.append((f"of {format_bytes(machine.memory_bytes)}", verdict))
+    if plan.host_bytes:
+        rows.append(("host memory for this rank", format_bytes(plan.host_bytes)))
+    most = plan.most_identities
+    rows.append((f"most identities in head main on {gpus}", f"{most:,}"))
+    if most and (host := plan.heads["main"].table_bytes(local_rows(most, num_gpus), on_host=True)):
+        rows.append(("host memory that each rank needs for so many", format_bytes(host)))
+    return (
+        "memory of a GPU (counted, but where it says estimate)\n"
+        + _rows(rows)
+        + "\n  not counted: CUDA context, NCCL, workspaces of cuDNN and cuBLAS, gaps between allocations; leave room"
+    )
+
+
+def _time_section(plan: Plan) -> str:
+    head, backbone, machine = plan.head_seconds, plan.backbone_seconds, plan.machine
+    words = ["16-bit" if half else "float32" for half in (plan.half, plan.heads["main"].half)]
+    rows = [
+        (
+            f"backbone ({words[0]}, {3 * plan.backbone.forward_flop / 1e9:.2f} GFLOP an image)",
+            f"{1e3 * backbone:.2f} ms",
+        ),
+        (f"head ({words[1]} products)", f"{1e3 * head:.2f} ms"),
+        ("share of the head", f"{head / (head + backbone):.1%}"),
+    ]
+    return (
+        "least time of a step (a prediction: operations counted, rates ASSUMED, communication and data left out)\n"
+        + _rows(rows)
+        + f"\n  assumed: {machine.tflops:g} TFLOP/s for 16-bit products, {machine.tflops_fp32:g} for float32, "
+        f"{machine.bandwidth_gb:g} GB/s of memory"
+    )
+
+
+def _communication_section(plan: Plan) -> str:
+    title = "communication of a step (counted from shapes)"
+    if not plan.communication:
+        return f"{title}\n  none on one GPU"
+    rows = [
+        (name, f"{format_bytes(size):>11}   sent by a rank in a ring: {format_bytes(sent):>11}")
+        for name, size, sent in plan.communication
+    ]
+    return f"{title}\n{_rows(rows)}"

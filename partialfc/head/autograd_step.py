@@ -100,7 +100,7 @@ def _move(
         if table is not None and gradient is not None:
             before = table.read_rows(rows, place)
             table.step_(rows, before, gradient, learning_rate=learning_rate, step=head.step, place=place)
-    head.class_centers.end_step(learning_rate=learning_rate)
+    head.class_centers.end_step(learning_rate=learning_rate, step=head.step)
 
 
 def _margin_loss(

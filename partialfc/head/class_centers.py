@@ -62,7 +62,7 @@ class ClassCenters(ClassTable):
     ) -> None:
         super().__init__(partition, mesh=mesh)
         self.optimizer, self.seed, self.workspace = optimizer, seed, Workspace()
-        self.working_dtype = working_dtype(dtype)
+        self.working_dtype, self._last_step = working_dtype(dtype), 0
         exact = dtype == self.working_dtype
         self.formats: dict[str, RowFormat] = {"weight": Exact(dtype) if exact else Rounded(dtype)}
         shape = (len(partition.local_blocks), partition.block_size, *row_shape)
@@ -143,8 +143,9 @@ class ClassCenters(ClassTable):
         if self.idle is not None:
             self._stamp(rows, self.idle.count + 1)
 
-    def end_step(self, *, learning_rate: float) -> None:
+    def end_step(self, *, learning_rate: float, step: int) -> None:
         """After the last `step_` of a step: rows that were in none of them have been idle."""
+        self._last_step = step
         if self.idle is None:
             return
         self.idle.add(self.optimizer.idle_step(learning_rate))
@@ -165,7 +166,7 @@ class ClassCenters(ClassTable):
         values = {name: self.formats[name].read(self, name, rows, self.workspace) for name in names}
         self.idle.catch_up_(values["weight"], values.get("momentum"), (self.idle.count - stamps).long())
         # Steps have numbers from 0 on; the keys of what is rounded here must be others.
-        self._write(rows, values, -1 - self.idle.count)
+        self._write(rows, values, -1 - self._last_step)
         self._stamp(rows, self.idle.count)
 
     def settle_all(self) -> None:

@@ -276,8 +276,9 @@ class PartialFC(nn.Module):
 
     def _apply(self, function: Any, recurse: bool = True) -> PartialFC:
         stored = self.class_centers.weight.dtype
-        asked = function(torch.zeros(1, dtype=stored)).dtype
-        if asked != stored:
+        others = [dtype for dtype in (stored, self.dtype) if function(torch.zeros(1, dtype=dtype)).dtype != dtype]
+        if others:
+            asked = function(torch.zeros(1, dtype=others[0])).dtype
             raise ValueError(
                 f"the head was asked to convert itself to {asked}, but its class centers stay in {stored}: rounded to "
                 "the nearest 16-bit number they would lose the small steps of training, weight decay first; build it "

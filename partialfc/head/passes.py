@@ -90,7 +90,8 @@ class Pass:
         self.head, self.batch, self.in_play, self.negatives = head, batch, in_play, negatives
         self.aggregate, self.needs_shift = aggregate, aggregate is Aggregate.LOGSUMEXP and not bounded
         self.products = Products(head.matmul_dtype, head.class_centers.workspace)
-        self._operand_VD = self.products.operand(negatives.operand_VD, "embeddings operand")
+        # Not in the workspace: others use that between the two passes.
+        self._operand_VD = negatives.operand_VD.to(head.matmul_dtype or negatives.operand_VD.dtype)
 
     def first(self, *, with_pull: bool) -> NegativeSums:
         """Adds everything up; the parameters' part is in `negatives.parameter_sums`."""
@@ -136,7 +137,7 @@ class Pass:
             unit_mD = self.products.transposed(gradient_Vm, self._operand_VD, "centers gradient")
             raw_cKD = tile.raw_gradient(unit_mD.view_as(tile.raw_cKD))
             head.class_centers.step_(tile.rows, tile.raw_cKD, raw_cKD, place=tile.start, **step)
-        head.class_centers.end_step(learning_rate=learning_rate)
+        head.class_centers.end_step(learning_rate=learning_rate, step=head.step)
 
     def _logits(self, tile: Tile, sums: NegativeSums | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Logits [V, c], the nearest sub-centers [V, c] if there are several, the columns that are no negatives."""

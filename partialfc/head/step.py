@@ -93,11 +93,17 @@ class TrainingStep(torch.autograd.Function):
         """The gradient of the embeddings [b, D].
 
         Raises:
-            RuntimeError: the second time.
+            RuntimeError: the second time, or if the head has worked out another loss since.
         """
         if ctx.pending is None:
             raise RuntimeError(
                 "backward was called twice on one loss of PartialFC: its class centers were updated already"
+            )
+        if ctx.head.pending is not ctx.pending:
+            # The second pass looks at the class centers again: they must be those of the first.
+            raise RuntimeError(
+                "backward was called on a loss of PartialFC after the head had worked out another one; call it before "
+                "the next forward, or put both batches into one"
             )
         pending, ctx.pending, ctx.head.pending = ctx.pending, None, None
         # The incoming gradient (a loss scale, the number of ranks) belongs to the embeddings alone.

@@ -19,11 +19,11 @@ from partialfc.head.sampling import ClassesInPlay
 if TYPE_CHECKING:
     from partialfc.head.partial_fc import PartialFC
 
-__all__ = ["Tile", "add_at_", "columns_in", "read_tile", "settle", "tiles"]
+__all__ = ["ROWS_AT_ONCE", "TILE_NUMBERS", "Tile", "add_at_", "columns_in", "read_tile", "settle", "tiles"]
 
 # Numbers in the centers of a tile and its logits: 2.5 MB in float32, for a CPU's cache; enough to fill a GPU.
-_TILE_NUMBERS = {"cpu": 5 * 2**17, "cuda": 2**24}
-_ROWS_AT_ONCE = 8192
+TILE_NUMBERS = {"cpu": 5 * 2**17, "cuda": 2**24}
+ROWS_AT_ONCE = 8192
 _EPSILON = 1e-12  # of F.normalize
 
 
@@ -82,12 +82,12 @@ def settle(head: PartialFC, in_play: ClassesInPlay) -> None:
 def _runs(head: PartialFC, in_play: ClassesInPlay, num_cases: int) -> Iterator[tuple[int, slice | Tensor]]:
     """(place of the first, rows) of each tile."""
     num_subcenters, dim = head.class_centers.weight.shape[2:]
-    numbers = _TILE_NUMBERS["cuda" if head.class_centers.device.type == "cuda" else "cpu"]
+    numbers = TILE_NUMBERS["cuda" if head.class_centers.device.type == "cuda" else "cpu"]
     size = max(1, numbers // (num_subcenters * (dim + num_cases)))
     # Whole rows of the vector units of a matrix product.
     size = size if size < 64 else size // 64 * 64
     # Rows of several tiles are worked out at once: it is many small operations however few they are.
-    at_once = size * max(1, _ROWS_AT_ONCE // size)
+    at_once = size * max(1, ROWS_AT_ONCE // size)
     for first in range(0, in_play.count, at_once):
         stop = min(first + at_once, in_play.count)
         rows = in_play.rows_between(first, stop)

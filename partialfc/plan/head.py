@@ -23,7 +23,7 @@ from partialfc.distributed.mesh import ShardMesh
 from partialfc.distributed.partition import ClassPartition
 from partialfc.head import PartialFC
 from partialfc.head.offload import OffloadedCenters
-from partialfc.head.tiles import _TILE_NUMBERS
+from partialfc.head.tiles import TILE_NUMBERS
 
 __all__ = ["BLOCK", "HeadCost", "StepMemory", "TablePart", "count_head", "local_rows", "peak_bytes"]
 
@@ -263,7 +263,7 @@ class _ScaledSteps:
         dim = config.backbone.embedding_dim
         if self.fused:
             # So the tiles of the CPU are what those of the device are at full size.
-            self.factor = math.sqrt(_TILE_NUMBERS[device] / _TILE_NUMBERS["cpu"])
+            self.factor = math.sqrt(TILE_NUMBERS[device] / TILE_NUMBERS["cpu"])
         else:
             smallest = min(dim // _SMALLEST_DIM, global_batch_size // _SMALLEST_BATCH)
             self.factor = 2.0 ** max(0, smallest.bit_length() - 1)
@@ -277,7 +277,7 @@ class _ScaledSteps:
         if settings.sample_rate < 1 and settings.center_optimizer.moves_idle_rows:
             size = self.embedding_dim  # tiles of rows that are brought up to date have no logits
         # Of the first tile something is still there when the second is read.
-        return self.batch_size + 2 * max(1, _TILE_NUMBERS["cpu"] // (settings.num_subcenters * size))
+        return self.batch_size + 2 * max(1, TILE_NUMBERS["cpu"] // (settings.num_subcenters * size))
 
     def peak_bytes(self, num_in_play: int) -> float:
         """At full size, with `factor` times as many classes in play; the workspace included."""

@@ -18,8 +18,8 @@ def _check(rank: int, world_size: int, way: str, first: int, every: int) -> None
     with pytest.MonkeyPatch.context() as patch:
         if way == "tiny tiles":
             # Tiles of one to twenty classes, whose rows are worked out for a few tiles at once.
-            patch.setitem(tiles._TILE_NUMBERS, "cpu", 150)
-            patch.setattr(tiles, "_ROWS_AT_ONCE", 40)
+            patch.setitem(tiles.TILE_NUMBERS, "cpu", 150)
+            patch.setattr(tiles, "ROWS_AT_ONCE", 40)
         for case in itertools.islice(cases(world_size), first, None, every):
             check_case(case, rank, fused=way != "autograd")
 

@@ -111,8 +111,8 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tiles._TILE_NUMBERS, "cpu", TILE_NUMBERS)
-    monkeypatch.setattr(tiles, "_ROWS_AT_ONCE", 256)
+    monkeypatch.setitem(tiles.TILE_NUMBERS, "cpu", TILE_NUMBERS)
+    monkeypatch.setattr(tiles, "ROWS_AT_ONCE", 256)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -144,7 +144,7 @@ def test_the_largest_tensor_is_the_same_for_any_number_of_classes(margin, sample
 def test_tiles_as_they_are_stay_small_beside_logits_and_class_centers():
     num_classes = 60_000
     largest = largest_of_a_step(build(ArcFace(), num_classes))
-    assert largest <= tiles._TILE_NUMBERS["cpu"] < DIM * num_classes / 2
+    assert largest <= tiles.TILE_NUMBERS["cpu"] < DIM * num_classes / 2
 
 
 @pytest.mark.parametrize("optimizer", [CenterSGD(learning_rate=0.05), CenterAdamW(learning_rate=0.01)], ids=str)

@@ -110,6 +110,35 @@ def test_a_second_backward_is_refused():
     assert_same(snapshot(head), once)
 
 
+def test_a_loss_is_refused_in_backward_when_the_head_has_gone_on():
+    head = build_head()
+    first, second = head(*batch(4)), head(*batch(4, seed=1))
+    with pytest.raises(
+        RuntimeError, match=r"^backward was called on a loss of PartialFC after the head had worked out"
+    ):
+        first.backward()
+    before = snapshot(head)
+    second.backward()
+    assert not torch.equal(head.state_dict()["class_centers.weight"], before["class_centers.weight"])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"matmul_dtype": torch.bfloat16}, {"sample_rate": 0.5, "offload": True}], ids=str
+)
+def test_looking_at_the_loss_before_backward_does_not_change_the_step(options):
+    results = []
+    for looks in (False, True):
+        head = build_head(**{"dtype": torch.float32, **options})
+        embeddings, labels = batch(6)
+        loss = head(embeddings, labels)
+        if looks:
+            with torch.no_grad():
+                head(*batch(6, seed=1))
+        loss.backward()
+        results.append([embeddings.grad, head.gather_class_centers()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("how", ["eval", "no_grad"])
 def test_looking_at_the_loss_changes_nothing_and_takes_all_classes(how):
     head = build_head(margin=ProbeMargin(), sample_rate=0.1)

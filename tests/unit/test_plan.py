@@ -185,11 +185,11 @@ def test_small_steps_stand_for_large_ones(
             config, config.head, rows=10**6, global_batch_size=256, path="head", device=device
         ).step.most_bytes
 
-    monkeypatch.setattr(tiles, "_ROWS_AT_ONCE", 1024)
-    monkeypatch.setitem(tiles._TILE_NUMBERS, "cpu", 2**17)
-    monkeypatch.setitem(tiles._TILE_NUMBERS, "cuda", 2**21)
+    monkeypatch.setattr(tiles, "ROWS_AT_ONCE", 1024)
+    monkeypatch.setitem(tiles.TILE_NUMBERS, "cpu", 2**17)
+    monkeypatch.setitem(tiles.TILE_NUMBERS, "cuda", 2**21)
     scaled = most_bytes("cuda")
-    monkeypatch.setitem(tiles._TILE_NUMBERS, "cpu", 2**21)
+    monkeypatch.setitem(tiles.TILE_NUMBERS, "cpu", 2**21)
     # Tiles are of whole runs of 64 classes, small ones of fewer runs than a quarter of the large.
     assert 0.92 < scaled / most_bytes("cpu") < 1 + too_much
 

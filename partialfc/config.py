@@ -183,7 +183,9 @@ class HeadConfig(_Section):
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         default="float32", description="in which class centers are stored; 16 bits are rounded stochastically"
     )
-    matmul_dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of operands; sums are float32")
+    matmul_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of operands; logits are float32"
+    )
     fused: bool = Field(default=True, description="false: autograd over all logits; the same results, slower")
     offload: bool = Field(default=False, description="class centers in host memory, rows of a step on the device")
     init_std: float = Field(default=0.01, gt=0, description="standard deviation of initial class-center elements")

@@ -25,7 +25,7 @@ class Negatives(Protocol):
 
     Attributes:
         operand_VD: what is multiplied with class centers.
-        unit_logit_V: the product that a similarity of 1 has, [V] or a number.
+        unit_logit: the product that a similarity of 1 has, [V] or a number.
         parameter_sums: gradients of per-row parameters that `pull_back` has added up, [V] each.
     """
 

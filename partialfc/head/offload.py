@@ -1,7 +1,7 @@
 """Class centers in host memory: a device holds the rows of one step alone.
 
-The negatives of the coming step are known before its batch is, so a thread fetches them while the backbone works, after
-it has written those of the step before back. The arithmetic is that of resident centers, and so are the results.
+The negatives of the coming step are known before its batch is, so a thread collects them while the backbone works,
+after it has written those of the step before back. The arithmetic is that of resident centers, and so are the results.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Staged:
 
 
 class OffloadedCenters(ClassCenters):
-    """Class centers and their optimizer state in host memory, pinned if the device is a GPU.
+    """Class centers and their optimizer state in host memory. What goes to a GPU goes by way of pinned memory.
 
     Args:
         device: on which they are computed with.
@@ -62,10 +62,7 @@ class OffloadedCenters(ClassCenters):
         super().__init__(*arguments, device="cpu", **options)
         assert self.idle is None
         self._device = torch.device(device or torch.get_default_device())
-        if self._device.type == "cuda":
-            for name in self._names:
-                setattr(self, name, getattr(self, name).pin_memory())
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="class centers")
+        self._thread: ThreadPoolExecutor | None = None
         self._fetched: tuple[int, Future[_Staged]] | None = None
         self._staged: _Staged | None = None
 
@@ -93,6 +90,11 @@ class OffloadedCenters(ClassCenters):
     def finish_step(self, next_rows: Callable[[], Tensor], next_step: int) -> None:
         """Writes the rows back, and fetches those that the next step draws, behind the caller's back."""
         staged, self._staged = self._staged, None
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="class centers")
+        if self._device.type == "cuda":
+            # The thread copies on a stream of its own, which does not wait for this one.
+            torch.cuda.current_stream(self._device).synchronize()
         future = self._thread.submit(self._write_back_and_fetch, staged, next_rows)
         self._fetched = (next_step, future)
 
@@ -157,8 +159,23 @@ class OffloadedCenters(ClassCenters):
         self._fetched = None
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> OffloadedCenters:
-        """They stay where they are."""
+        """They stay where they are.
+
+        Raises:
+            ValueError: if they would be computed with elsewhere.
+        """
+        device = function(torch.empty(0, device=self._device)).device
+        if device != self._device:
+            raise ValueError(
+                f"the head was asked to move to {device}, but class centers in host memory are computed with on "
+                f"{self._device}; build it with device={str(device)!r}"
+            )
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which has a thread of its own."""
+        self.wait()
+        return {**super().__getstate__(), "_thread": None, "_fetched": None}
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         self.wait()

@@ -1,7 +1,8 @@
 """How a class center moves: pure functions of the rows in play, their gradients and their state.
 
-An optimizer sees only the rows of one step. A row that is not in play keeps its value, its momentum and its decay
-("lazy" semantics), so a step costs what its rows cost. With every row in play the updates are those of `torch.optim`.
+An optimizer sees only the rows of one step. A row that is not in play keeps its value and its momentum ("lazy"), or is
+caught up with when it is next in play ("dense"); so a step costs what its rows cost. With every row in play the updates
+are those of `torch.optim`.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class CenterSGD:
         momentum_dtype: how momentum is stored: "float32", or with stochastic rounding in "bfloat16", or in "int8" with
             a scale for each block of 64 elements.
         decay: "lazy": momentum and decay of a row act when it is in play. "dense": they act in every step, as if all
-            rows were updated; a row that was idle is brought up to date when it is next in play.
+            rows were updated; a row that was idle is brought up to date when it is next in play. Biases stay lazy.
     """
 
     learning_rate: float = 0.1

@@ -39,7 +39,8 @@ class PartialFC(nn.Module):
     incoming gradient, in the embeddings' gradient, and moves the class centers in play by one step of `optimizer`
     along the gradient of the loss itself. If the loss is not finite, nothing moves, on any rank.
 
-    In `eval()` mode or without gradients, all classes take part and nothing is updated.
+    In `eval()` mode or without gradients, all classes take part and nothing is learnt. (With dense decay, rows that
+    were idle are brought up to date for it, which rounds them.)
 
     Args:
         num_classes: identities over all ranks, at least 1.
@@ -64,7 +65,8 @@ class PartialFC(nn.Module):
             If not, autograd works on all logits at once: the same results, more memory and time.
         dtype: in which class centers are stored: float32, or float64 for tests. In float16 or bfloat16 they are
             rounded stochastically, keyed by (seed, step, class), and computed with in float32.
-        matmul_dtype: bfloat16 for operands of matrix products in 16 bits. Sums, and all else, stay in `head.dtype`.
+        matmul_dtype: bfloat16 for operands of matrix products in 16 bits. Logits are sums in float32 whatever it is; on
+            a CPU, whose library rounds results to the dtype of operands, it is used for gradients alone.
         offload: whether class centers and their optimizer state are kept in host memory, and only the rows of a step
             are brought to `device`: those that the next step draws while the backbone works. Takes a sample rate
             below 1. The results are the same, bit for bit.
@@ -231,6 +233,7 @@ class PartialFC(nn.Module):
             place = tuple((lengths == 0).nonzero()[0].tolist())
             raise ValueError(f"class center {place} is zero, but a cosine needs a direction; draw it at random instead")
         self.class_centers.set(centers.reshape(-1, num_subcenters, dim))
+        self.pending = None
 
     def diagnostics(self) -> dict[str, float]:
         """What there is to see of the last step: margin state, learned numbers, terms of the loss. Synchronises."""
@@ -262,7 +265,7 @@ class PartialFC(nn.Module):
     def drawn_next(self) -> Tensor:
         """[n] int64, on the CPU: the rows that the coming step draws, besides those of its batch."""
         assert self.sampler is not None
-        rows = self.sampler.in_play(torch.empty(0, dtype=torch.int64), self.partition, self.step).rows
+        rows = self.sampler.in_play(torch.empty(0, dtype=torch.int64, device="cpu"), self.partition, self.step).rows
         assert rows is not None
         return rows
 
@@ -318,5 +321,5 @@ class PartialFC(nn.Module):
                 f"the saved margin state has {sorted(state['margin'])}, but {type(self.margin).__name__} has "
                 f"{sorted(self.margin_state)}; load it into the margin that it was saved from"
             )
-        self.step = int(state["step"])
+        self.step, self.pending = int(state["step"]), None
         self.margin_state = self._on_device(state["margin"])

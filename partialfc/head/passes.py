@@ -1,4 +1,4 @@
-"""The two passes of a step over the class centers in play. Nothing of size [V, n] or [n, D] is ever there.
+"""The two passes of a step over the class centers in play. Nothing of size [V, n] is ever there.
 
 The first pass adds up, for each row, what its negatives amount to, and which way they pull the embedding: for that one
 needs no second look, since the pull of each negative is that of its exponential, divided by the sum at the end. The
@@ -127,16 +127,14 @@ class Pass:
             gradient_Vc = self.negatives.pull_back(terms[1])
             add_at_(gradient_Vc, columns_in(tile, self.in_play)[:, None], own_gradient_V1)
             if head.class_bias is not None:
-                unit_logit_V = torch.as_tensor(
-                    self.negatives.unit_logit, dtype=gradient_Vc.dtype, device=gradient_Vc.device
-                )
-                bias_c = (gradient_Vc * unit_logit_V.view(-1, 1)).sum(0)
+                # Where classes have a bias, that is a number: see `negatives_of`.
+                bias_c = gradient_Vc.sum(0) * self.negatives.unit_logit
                 before_c11 = head.class_bias.read_rows(tile.rows)
                 head.class_bias.step_(tile.rows, before_c11, bias_c.view(-1, 1, 1), **step)
             gradient_Vm = tile.scale_(self._by_subcenter(gradient_Vc, winner_Vc, tile))
-            unit_mD = self.products.transposed(gradient_Vm, self._operand_VD, "centers gradient")
-            raw_cKD = tile.raw_gradient(unit_mD.view_as(tile.raw_cKD))
-            head.class_centers.step_(tile.rows, tile.raw_cKD, raw_cKD, place=tile.start, **step)
+            by_unit_mD = self.products.transposed(gradient_Vm, self._operand_VD, "centers gradient")
+            gradient_cKD = tile.raw_gradient(by_unit_mD.view_as(tile.raw_cKD))
+            head.class_centers.step_(tile.rows, tile.raw_cKD, gradient_cKD, place=tile.start, **step)
         head.class_centers.end_step(learning_rate=learning_rate, step=head.step)
 
     def _logits(self, tile: Tile, sums: NegativeSums | None) -> tuple[Tensor, Tensor | None, Tensor]:

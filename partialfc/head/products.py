@@ -1,4 +1,4 @@
-"""Matrix products of a step, with operands in 16 bits where that was asked for. What is added up is in 32 or 64."""
+"""Matrix products of a step, with operands in 16 bits where that was asked for."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["Products"]
 class Products:
     """Products in a working dtype.
 
-    A product is rounded to its dtype at the end. For logits 16 bits are not enough (0.06 of a logit of 64 in fp16's
-    best case, 0.13 in bfloat16), so they are products of 16-bit operands only where the library can give the sum in
+    A product is rounded to its dtype at the end. For logits 16 bits are not enough (bfloat16 is wrong by up to 0.13
+    just below 64), so they are products of 16-bit operands only where the library can give the sum in
     32 bits: on a GPU. Gradients, whose rounding errors are as those of their operands, may be sums in 16 bits.
 
     Attributes:

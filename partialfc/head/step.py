@@ -65,7 +65,9 @@ def _finish(head: PartialFC, pending: PendingStep) -> Tensor:
     wait = start_reduce_scatter(gradients.embeddings_BD, head.mesh)
     if bool(pending.steps):
         head.margin_state, head.statistics = found.state, found.statistics
-        found.move_centers(rate)
+        # A caller may run backward inside of autocast, which would have 16-bit sums.
+        with torch.autocast(gradients.embeddings_BD.device.type, enabled=False):
+            found.move_centers(rate)
         if head.learned is not None:
             head.learned.update(gradients.learned, learning_rate=rate)
         for term in head.auxiliary_terms:
@@ -93,7 +95,7 @@ class TrainingStep(torch.autograd.Function):
         """The gradient of the embeddings [b, D].
 
         Raises:
-            RuntimeError: the second time, or if the head has worked out another loss since.
+            RuntimeError: the second time, or if the head has since worked out another loss or got other class centers.
         """
         if ctx.pending is None:
             raise RuntimeError(
@@ -102,8 +104,8 @@ class TrainingStep(torch.autograd.Function):
         if ctx.head.pending is not ctx.pending:
             # The second pass looks at the class centers again: they must be those of the first.
             raise RuntimeError(
-                "backward was called on a loss of PartialFC after the head had worked out another one; call it before "
-                "the next forward, or put both batches into one"
+                "backward was called on a loss of PartialFC after the head had worked out another one, or was given "
+                "other class centers; call it before that, or put both batches into one"
             )
         pending, ctx.pending, ctx.head.pending = ctx.pending, None, None
         # The incoming gradient (a loss scale, the number of ranks) belongs to the embeddings alone.

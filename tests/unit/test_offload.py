@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
@@ -134,6 +135,20 @@ def test_moving_the_head_leaves_them_where_they_are():
     head = build(True)
     head.to(torch.device("cpu"))
     assert head.class_centers.weight.device.type == "cpu"
+
+
+def test_it_does_not_move_to_another_device():
+    with pytest.raises(ValueError, match="was asked to move to meta, but class centers in host memory are computed"):
+        build(True).to(torch.device("meta"))
+
+
+def test_a_copy_goes_its_own_way():
+    head = build(True)
+    run(head, 3)
+    twin = copy.deepcopy(head)
+    assert_same(run(head, 3, first=3), run(twin, 3, first=3))
+    run(twin, 1, first=6)
+    assert not torch.equal(head.gather_class_centers(), twin.gather_class_centers())
 
 
 @pytest.mark.parametrize(

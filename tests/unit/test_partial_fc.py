@@ -120,6 +120,11 @@ def test_a_loss_is_refused_in_backward_when_the_head_has_gone_on():
     before = snapshot(head)
     second.backward()
     assert not torch.equal(head.state_dict()["class_centers.weight"], before["class_centers.weight"])
+    for change in (lambda: head.set_class_centers(torch.ones(50, DIM)), lambda: head.load_state_dict(before)):
+        third = head(*batch(4))
+        change()
+        with pytest.raises(RuntimeError, match="or was given other class centers"):
+            third.backward()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,9 @@ from partialfc.margins import (
     MARGINS,
     ArcFace,
     CenterLoss,
+    CircleLoss,
     ContrastiveLoss,
+    CurricularFace,
     ElasticFace,
     Margin,
     NormFace,
@@ -137,3 +139,17 @@ def test_everything_from_the_cosine_to_the_loss_is_float32(dtype: torch.dtype) -
     assert seen == {(what, torch.float32) for what in ("target", "negative", "own logit", "sum of the others")}
     assert loss.dtype == torch.float32
     assert embeddings.grad.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "margin", [ArcFace(), CurricularFace(), CircleLoss()], ids=lambda margin: type(margin).__name__
+)
+def test_autocast_around_backward_does_not_reach_the_update(margin):
+    results = []
+    for enabled in (False, True):
+        head = PartialFC(300, 32, margin=margin)
+        embeddings = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            head(embeddings, torch.arange(16)).backward()
+        results.append(head.gather_class_centers())
+    assert torch.equal(*results)

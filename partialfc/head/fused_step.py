@@ -83,9 +83,9 @@ class _Totals:
 def fused_step(head: PartialFC, batch: GlobalBatch, in_play: ClassesInPlay, *, with_gradient: bool) -> HeadStep:
     """The loss and, if asked for, its gradients for all but the class centers. Collective.
 
-    For a margin without `Need.NEGATIVE_LOGSUMEXP`, and a head without further options, three all-reduces at most: of the
-    similarity to the own class, of the maximum of the logits if they are not bounded, and of the sums; and one more if
-    per-row numbers that carry a gradient enter the logits of negatives.
+    For a margin without `Need.NEGATIVE_LOGSUMEXP`, and a head without further options, three all-reduces at most: of
+    the similarity to the own class, of the maximum of the logits if they are not bounded, and of the sums; and one more
+    if per-row numbers that carry a gradient enter the logits of negatives.
     """
     with torch.autocast(batch.embeddings_BD.device.type, enabled=False):
         settle(head, in_play)

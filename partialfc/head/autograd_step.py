@@ -81,7 +81,8 @@ def autograd_step(head: PartialFC, batch: GlobalBatch, in_play: ClassesInPlay, *
         return found
     inputs = [leaves.embeddings_BD, leaves.replicated_BD, leaves.centers_nKD, *leaves.learned.values()]
     inputs += [] if leaves.bias_n11 is None else [leaves.bias_n11]
-    embeddings_BD, replicated_BD, *others = torch.autograd.grad(loss, inputs, allow_unused=True)
+    with torch.autocast(batch.embeddings_BD.device.type, enabled=False):
+        embeddings_BD, replicated_BD, *others = torch.autograd.grad(loss, inputs, allow_unused=True)
     centers_nKD, *others = [
         torch.zeros_like(leaf) if gradient is None else gradient
         for leaf, gradient in zip(inputs[2:], others, strict=True)

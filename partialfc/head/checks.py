@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import torch
 
 from partialfc.head.optimizers import CenterOptimizer
+from partialfc.head.sampling import SAMPLING_LAWS
 from partialfc.head.variational import VariationalPrototypes
 from partialfc.margins.auxiliary import Auxiliary
 from partialfc.margins.base import Margin
 
-__all__ = ["check_dtypes", "check_margin", "check_numbers", "check_offload", "check_options"]
+__all__ = ["check_dtypes", "check_margin", "check_numbers", "check_offload", "check_options", "check_sampling"]
 
 _STORED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -54,6 +55,12 @@ def check_dtypes(stored: torch.dtype, operands: torch.dtype | None) -> None:
         raise ValueError(f"matmul_dtype is {operands}, but must be torch.bfloat16, or None for that of the sums")
     if operands is not None and stored == torch.float64:
         raise ValueError(f"matmul_dtype is {operands}, but class centers in torch.float64 are for exact comparisons")
+
+
+def check_sampling(sampling: str) -> None:
+    """Raises a ValueError unless there is such a law; also where nothing is sampled."""
+    if sampling not in SAMPLING_LAWS:
+        raise ValueError(f"sampling is {sampling!r}, but must be one of {', '.join(SAMPLING_LAWS)}")
 
 
 def check_offload(offload: bool, sample_rate: float, optimizer: CenterOptimizer) -> None:

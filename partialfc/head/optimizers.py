@@ -133,7 +133,9 @@ class CenterAdagrad:
     weight_decay: float = 5e-4
 
     def __post_init__(self) -> None:
-        _check_not_negative(self, "learning_rate", "epsilon", "weight_decay")
+        _check_not_negative(self, "learning_rate", "weight_decay")
+        if not self.epsilon > 0:
+            raise ValueError(f"CenterAdagrad.epsilon is {self.epsilon!r}, but must be positive")
 
     @property
     def fields(self) -> Mapping[str, Field]:

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from partialfc.distributed.mesh import ProcessGroup, ShardMesh
 from partialfc.distributed.partition import ClassPartition
 from partialfc.head.auxiliary import build_auxiliaries
-from partialfc.head.checks import check_dtypes, check_margin, check_numbers, check_offload, check_options
+from partialfc.head.checks import (
+    check_dtypes,
+    check_margin,
+    check_numbers,
+    check_offload,
+    check_options,
+    check_sampling,
+)
 from partialfc.head.class_centers import ClassCenters
 from partialfc.head.global_batch import BatchGather
 from partialfc.head.learned import LearnedNumbers
@@ -124,6 +131,7 @@ class PartialFC(nn.Module):
         )
         check_dtypes(dtype, matmul_dtype)
         check_margin(margin, sampling_correction, labels_per_row)
+        check_sampling(sampling)
         check_offload(offload, sample_rate, optimizer)
         check_options(margin, interclass_filtering_threshold, variational, auxiliaries, num_subcenters, labels_per_row)
         self.margin, self.seed, self.loss_weight, self.labels_per_row = margin, seed, loss_weight, labels_per_row
@@ -225,9 +233,10 @@ class PartialFC(nn.Module):
         expected = (self.partition.num_classes, *inner)
         if tuple(centers.shape) != expected:
             raise ValueError(f"class centers have shape {tuple(centers.shape)}, but must have {expected}")
-        lengths = centers.norm(dim=-1)
+        # As they will be stored: a number may be too large or too small for 16 bits.
+        lengths = centers.to(self.class_centers.weight.dtype).to(self.dtype).norm(dim=-1)
         if not bool(lengths.isfinite().all()):
-            raise ValueError("class centers have numbers that are not finite")
+            raise ValueError(f"class centers have numbers that are not finite in {self.class_centers.weight.dtype}")
         if self.margin.compares_cosines and not bool(lengths.all()):
             # Its first gradient would be so large that it never moves again.
             place = tuple((lengths == 0).nonzero()[0].tolist())

@@ -22,7 +22,9 @@ class Workspace:
         key, size = (name, dtype, device), math.prod(shape)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
+            # A buffer made in inference mode could not be used outside of it.
+            with torch.inference_mode(False):
+                buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(tuple(shape))
 
     @property

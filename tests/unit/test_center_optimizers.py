@@ -141,7 +141,7 @@ def test_the_first_step_of_adamw_is_as_long_for_a_row_that_comes_late():
         # Two steps by hand: gradient 0.5, then 0.25; centers from 1; rate 0.1.
         (CenterSGD(momentum=0.5, weight_decay=1.0), 0.665, {"momentum": 1.85}),
         (CenterSGD(momentum=0.0, weight_decay=0.0), 0.925, {}),
-        (CenterAdagrad(epsilon=0.0, weight_decay=0.0), 1 - 0.1 - 0.1 * 0.25 / 0.3125**0.5, {"squares": 0.3125}),
+        (CenterAdagrad(epsilon=1e-30, weight_decay=0.0), 1 - 0.1 - 0.1 * 0.25 / 0.3125**0.5, {"squares": 0.3125}),
         (
             CenterAdamW(beta1=0.5, beta2=0.5, epsilon=0.0, weight_decay=1.0),
             (0.9 - 0.1) * 0.9 - 0.1 * (0.25 / 0.75) / (0.09375 / 0.75) ** 0.5,
@@ -251,7 +251,7 @@ def test_bytes_of_a_class(dtype, optimizer, num_bytes):
             r"CenterSGD.momentum_dtype is 'float16', but must be one of \('float32', 'bfloat16', 'int8'\)",
         ),
         (lambda: CenterSGD(decay="none"), r"CenterSGD.decay is 'none', but must be one of \('lazy', 'dense'\)"),
-        (lambda: CenterAdagrad(epsilon=-1.0), "CenterAdagrad.epsilon is -1.0, but must not be negative"),
+        (lambda: CenterAdagrad(epsilon=0.0), "CenterAdagrad.epsilon is 0.0, but must be positive"),
         (lambda: CenterAdamW(epsilon=-1.0), "CenterAdamW.epsilon is -1.0, but must not be negative"),
         (lambda: CenterAdamW(beta1=1.0), r"CenterAdamW.beta1 is 1.0, but must be in \[0, 1\)"),
         (lambda: CenterAdamW(beta2=-0.5), r"CenterAdamW.beta2 is -0.5, but must be in \[0, 1\)"),

@@ -431,7 +431,7 @@ def test_a_number_that_one_margin_learned_is_not_loaded_as_that_of_another():
     ("bad", "message"),
     [
         (0.0, "class center (3,) is zero, but a cosine needs a direction; draw it at random instead"),
-        (math.nan, "class centers have numbers that are not finite"),
+        (math.nan, "class centers have numbers that are not finite in torch.float64"),
     ],
 )
 def test_class_centers_without_a_direction_are_refused(bad, message):

@@ -144,6 +144,26 @@ def test_looking_at_the_loss_before_backward_does_not_change_the_step(options):
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+def test_a_look_in_inference_mode_does_not_hinder_training():
+    head = build_head(sample_rate=0.5)
+    with torch.inference_mode():
+        head(*(value.detach() for value in batch(6)))
+    head(*batch(6)).backward()
+
+
+def test_class_centers_must_fit_what_they_are_stored_in():
+    head = build_head(dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"^class centers have numbers that are not finite in torch.float16"):
+        head.set_class_centers(torch.full((50, DIM), 1e5))
+    with pytest.raises(ValueError, match="is zero, but a cosine needs a direction"):
+        head.set_class_centers(torch.full((50, DIM), 1e-9))
+
+
+def test_an_unknown_law_of_sampling_is_refused_where_nothing_is_sampled():
+    with pytest.raises(ValueError, match=r"^sampling is 'often', but must be one of uniform, cyclic$"):
+        build_head(sampling="often")
+
+
 @pytest.mark.parametrize("how", ["eval", "no_grad"])
 def test_looking_at_the_loss_changes_nothing_and_takes_all_classes(how):
     head = build_head(margin=ProbeMargin(), sample_rate=0.1)

@@ -144,12 +144,13 @@ def test_everything_from_the_cosine_to_the_loss_is_float32(dtype: torch.dtype) -
 @pytest.mark.parametrize(
     "margin", [ArcFace(), CurricularFace(), CircleLoss()], ids=lambda margin: type(margin).__name__
 )
-def test_autocast_around_backward_does_not_reach_the_update(margin):
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "autograd"])
+def test_autocast_around_backward_does_not_reach_the_update(margin, fused):
     results = []
     for enabled in (False, True):
-        head = PartialFC(300, 32, margin=margin)
+        head = PartialFC(300, 32, margin=margin, fused=fused)
         embeddings = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             head(embeddings, torch.arange(16)).backward()
-        results.append(head.gather_class_centers())
-    assert torch.equal(*results)
+        results.append([embeddings.grad, head.gather_class_centers()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

@@ -26,7 +26,17 @@ from partialfc.head import HeadGroup, PartialFC
 from partialfc.keyed import hash64
 from partialfc.optim import build_optimizer
 
-__all__ = ["Run", "Task", "assemble", "build_head", "checkpoint_facts", "checkpoint_state", "resume", "task_loader"]
+__all__ = [
+    "Run",
+    "Task",
+    "assemble",
+    "build_backbone_optimizer",
+    "build_head",
+    "checkpoint_facts",
+    "checkpoint_state",
+    "resume",
+    "task_loader",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -178,9 +188,10 @@ def _num_classes(task: Task, path: str) -> int:
     return index.num_classes if given is None else given
 
 
-def _build_engine(config: Config, backbone: nn.Module, mesh: ShardMesh) -> BackboneEngine:
+def build_backbone_optimizer(config: Config, backbone: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a backbone, as the section `optimizer` has it."""
     settings = config.optimizer
-    optimizer = build_optimizer(
+    return build_optimizer(
         backbone,
         name=settings.name,
         learning_rate=settings.learning_rate,
@@ -189,12 +200,15 @@ def _build_engine(config: Config, backbone: nn.Module, mesh: ShardMesh) -> Backb
         betas=settings.betas,
         decay_norms=settings.decay_norms,
     )
+
+
+def _build_engine(config: Config, backbone: nn.Module, mesh: ShardMesh) -> BackboneEngine:
     return DDPEngine(
         backbone,
-        optimizer,
+        build_backbone_optimizer(config, backbone),
         mesh=mesh,
         autocast_dtype=autocast_dtype(config),
-        max_gradient_norm=settings.max_gradient_norm,
+        max_gradient_norm=config.optimizer.max_gradient_norm,
     )
 
 

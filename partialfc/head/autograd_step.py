@@ -15,7 +15,7 @@ from torch import Tensor
 
 from partialfc.distributed.collectives import sum_over_shards
 from partialfc.head.global_batch import GlobalBatch
-from partialfc.head.rows import HeadStep, RowGradients, auxiliary_loss, case_row, margin_statistics, mean_over_rows
+from partialfc.head.rows import HeadStep, RowGradients, auxiliary_loss, case_row, margin_loss, margin_statistics
 from partialfc.head.sampling import ClassesInPlay
 from partialfc.head.sharded_loss import (
     aggregate_negatives,
@@ -26,7 +26,7 @@ from partialfc.head.sharded_loss import (
     target_cosine,
 )
 from partialfc.head.tiles import settle
-from partialfc.margins.base import Aggregate, Need, State, target_similarity
+from partialfc.margins.base import Aggregate, Need, State
 
 if TYPE_CHECKING:
     from partialfc.head.partial_fc import PartialFC
@@ -137,7 +137,5 @@ def _margin_loss(
     parameters, state = margin.prepare(row, head.margin_state)
     logits_Vn = negative_logits(similarity_Vn, parameters, margin=margin, mesh=mesh)
     negatives_V = aggregate(margin.aggregate, logits_Vn, head.bounded)
-    own_V = margin.logit_scale(parameters) * target_similarity(margin, target_V, parameters)
-    loss_V, regularizer_V = margin.row_loss(own_V, negatives_V), margin.regularizer(row)
-    mean = mean_over_rows(loss_V if regularizer_V is None else loss_V + regularizer_V, batch)
+    mean = margin_loss(margin, target_V, negatives_V, parameters, row, batch)
     return mean, state, statistics | margin_statistics(mean, row, batch)

@@ -19,10 +19,10 @@ from partialfc.distributed.collectives import max_over_shards, sum_over_shards
 from partialfc.head.global_batch import GlobalBatch
 from partialfc.head.negatives import ScaledNegatives, negatives_of
 from partialfc.head.passes import NegativeSums, Pass, SecondPass
-from partialfc.head.rows import HeadStep, RowGradients, auxiliary_loss, case_row, margin_statistics, mean_over_rows
+from partialfc.head.rows import HeadStep, RowGradients, auxiliary_loss, case_row, margin_loss, margin_statistics
 from partialfc.head.sampling import ClassesInPlay
 from partialfc.head.tiles import read_tile, settle
-from partialfc.margins.base import Aggregate, Need, Parameters, Row, State, target_similarity
+from partialfc.margins.base import Aggregate, Need, Parameters, Row, State
 
 if TYPE_CHECKING:
     from partialfc.head.partial_fc import PartialFC
@@ -171,12 +171,9 @@ def _over_shards(head: PartialFC, sums: NegativeSums, passes: Pass) -> _Totals:
 
 def _loss(head: PartialFC, batch: GlobalBatch, rows: _Rows, totals: _Totals) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, with graph to all that is in `rows` and `totals`, and numbers to look at."""
-    margin, separate = head.margin, rows.separate
     similarity_V, total_V = rows.own_similarity_V.requires_grad_(), totals.total_V.requires_grad_()
     with torch.enable_grad():
-        own_V = margin.logit_scale(separate) * target_similarity(margin, similarity_V, separate)
-        loss_V, regularizer_V = margin.row_loss(own_V, total_V), margin.regularizer(rows.row)
-        mean = mean_over_rows(loss_V if regularizer_V is None else loss_V + regularizer_V, batch)
+        mean = margin_loss(head.margin, similarity_V, total_V, rows.separate, rows.row, batch)
         auxiliary, statistics = auxiliary_loss(head, rows.shared_BD, batch)
         loss = head.loss_weight * (mean + auxiliary)
     return loss, statistics | margin_statistics(mean, rows.row, batch)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from partialfc.head.global_batch import GlobalBatch
 from partialfc.keyed import normal
-from partialfc.margins.base import Need, Row, State
+from partialfc.margins.base import Margin, Need, Parameters, Row, State, target_similarity
 
 if TYPE_CHECKING:
     from partialfc.head.partial_fc import PartialFC
 
-__all__ = ["HeadStep", "RowGradients", "auxiliary_loss", "case_row", "margin_statistics", "mean_over_rows"]
+__all__ = ["HeadStep", "RowGradients", "auxiliary_loss", "case_row", "margin_loss", "margin_statistics"]
 
 _NOISE_STREAM = 3  # keeps these hashes apart from those of other parts that use the same seed
 
@@ -70,8 +70,13 @@ def case_row(
     return Row(target_V, batch.valid_V, head.step, norm_V, noise_V, learned=learned)
 
 
-def mean_over_rows(loss_V: Tensor, batch: GlobalBatch) -> Tensor:
-    """The sum over valid cases, by the number of valid rows."""
+def margin_loss(
+    margin: Margin, similarity_V: Tensor, negatives_V: Tensor, parameters: Parameters, row: Row, batch: GlobalBatch
+) -> Tensor:
+    """The mean over valid rows, from the similarity to the own class and the sum over the negatives of each case."""
+    own_V = margin.logit_scale(parameters) * target_similarity(margin, similarity_V, parameters)
+    loss_V, regularizer_V = margin.row_loss(own_V, negatives_V), margin.regularizer(row)
+    loss_V = loss_V if regularizer_V is None else loss_V + regularizer_V
     return torch.where(batch.valid_V, loss_V, 0.0).sum() / batch.num_valid_rows.clamp(min=1)
 
 

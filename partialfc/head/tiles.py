@@ -15,6 +15,7 @@ from torch import Tensor
 
 from partialfc.head.class_table import Rows
 from partialfc.head.sampling import ClassesInPlay
+from partialfc.kernels.unit_rows import SMALLEST_NORM
 
 if TYPE_CHECKING:
     from partialfc.head.partial_fc import PartialFC
@@ -24,7 +25,6 @@ __all__ = ["ROWS_AT_ONCE", "TILE_NUMBERS", "Tile", "add_at_", "columns_in", "rea
 # Numbers in the centers of a tile and its logits: 2.5 MB in float32, for a CPU's cache; enough to fill a GPU.
 TILE_NUMBERS = {"cpu": 5 * 2**17, "cuda": 2**24}
 ROWS_AT_ONCE = 8192
-_EPSILON = 1e-12  # of F.normalize
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def read_tile(head: PartialFC, rows: Rows, start: int = 0, place: int | None = N
         return Tile(start, rows, raw_cKD, unit_cKD.detach(), mixed=(leaf_cKD, unit_cKD))
     if not head.margin.normalize_class_centers:
         return Tile(start, rows, raw_cKD, raw_cKD)
-    inverse_norm_cK = torch.linalg.vector_norm(raw_cKD, dim=-1).clamp_(min=_EPSILON).reciprocal_()
+    inverse_norm_cK = torch.linalg.vector_norm(raw_cKD, dim=-1).clamp_(min=SMALLEST_NORM).reciprocal_()
     unit_cKD = workspace.get("unit centers", raw_cKD.shape, raw_cKD.dtype, raw_cKD.device)
     torch.mul(raw_cKD, inverse_norm_cK[..., None], out=unit_cKD)
     return Tile(start, rows, raw_cKD, unit_cKD, inverse_norm_cK)

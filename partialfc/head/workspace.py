@@ -26,8 +26,3 @@ class Workspace:
             with torch.inference_mode(False):
                 buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(tuple(shape))
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())

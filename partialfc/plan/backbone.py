@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from partialfc.assembly import build_backbone_optimizer
 from partialfc.backbones import build_backbone
 from partialfc.config import Config
 from partialfc.evaluate import autocast_dtype
-from partialfc.optim import build_optimizer
 
 __all__ = ["BackboneCost", "count_backbone"]
 
@@ -116,16 +116,7 @@ def _attention_flop(query: Any, key: Any, *_: Any, **__: Any) -> int:
 
 
 def _optimizer_bytes(backbone: nn.Module, config: Config) -> int:
-    settings = config.optimizer
-    optimizer = build_optimizer(
-        backbone,
-        name=settings.name,
-        learning_rate=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        betas=settings.betas,
-        decay_norms=settings.decay_norms,
-    )
+    optimizer = build_backbone_optimizer(config, backbone)
     for parameter in backbone.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.empty_like(parameter)

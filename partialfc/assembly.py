@@ -18,10 +18,11 @@ from torch import nn
 from partialfc.backbones import build_backbone
 from partialfc.checkpoint import CheckpointStore
 from partialfc.config import Config, HeadConfig
-from partialfc.data import SamplePlan, ShardIndex, TorchLoader
+from partialfc.data import JoinedIndex, Loader, RankSteps, ShardIndex
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.engine import BackboneEngine, DDPEngine
 from partialfc.evaluate import autocast_dtype, open_verification
+from partialfc.feeding import TrainingData, make_loader, open_training_data
 from partialfc.head import HeadGroup, PartialFC
 from partialfc.keyed import hash64
 from partialfc.optim import build_optimizer
@@ -61,19 +62,24 @@ _SAME_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class Task:
-    """One data set and its head.
+    """One stream of samples and its head.
 
     Attributes:
-        index: of its training split.
+        data: the samples, and their order.
         head: its settings.
         global_batch_size: its images of a step over all ranks.
         seed: of its head and of the order of its data.
     """
 
-    index: ShardIndex
+    data: TrainingData
     head: HeadConfig
     global_batch_size: int
     seed: int
+
+    @property
+    def index(self) -> ShardIndex | JoinedIndex:
+        """Of its training split, or of several as one."""
+        return self.data.index
 
 
 @dataclass
@@ -135,22 +141,22 @@ def assemble(config: Config, mesh: ShardMesh, device: torch.device) -> Run:
     ).to(device)
     heads = HeadGroup({name: build_head(name, task, config, mesh, device) for name, task in tasks.items()})
     main = tasks["main"]
-    total_steps = math.ceil(config.training.epochs * main.index.num_samples / main.global_batch_size)
+    total_steps = math.ceil(config.training.epochs * main.data.plan.num_samples / main.global_batch_size)
     store = CheckpointStore(config.run.directory / "checkpoints", mesh=mesh, keep_last=config.checkpoint.keep_last)
     engine = _build_engine(config, backbone, mesh)
     return Run(config, mesh, device, tasks, verification_index, engine, heads, store, total_steps)
 
 
 def _open_tasks(config: Config) -> dict[str, Task]:
-    seed = config.run.seed
-    main = ShardIndex.open(config.data.directory / "train")
-    tasks = {"main": Task(main, config.head, config.training.global_batch_size, seed)}
+    opened = {"main": (config.data.directory, config.head, config.training.global_batch_size, config.run.seed)}
     for number, (name, task) in enumerate(config.tasks.items(), start=1):
-        try:
-            index = ShardIndex.open(task.data_directory / "train")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"tasks.{name}.data_directory: {error}") from error
-        tasks[name] = Task(index, task.head, task.global_batch_size, hash64(seed, _TASK_STREAM, number))
+        seed = hash64(config.run.seed, _TASK_STREAM, number)
+        opened[name] = (task.data_directory, task.head, task.global_batch_size, seed)
+    tasks = {}
+    for name, (directory, head, global_batch, seed) in opened.items():
+        path = "data.directory" if name == "main" else f"tasks.{name}.data_directory"
+        data = open_training_data(config.data, directory, seed=seed, global_batch=global_batch, path=path)
+        tasks[name] = Task(data, head, global_batch, seed)
     return tasks
 
 
@@ -221,6 +227,7 @@ def checkpoint_facts(run: Run) -> dict[str, Any]:
             "global_batch_size": task.global_batch_size,
             "num_classes": head.partition.num_classes,
             "data_fingerprint": task.index.fingerprint,
+            "data_order": task.data.order,
             # A margin that remembers nothing may be exchanged for another one of that kind.
             "margin_with_memory": type(head.margin).__name__ if head.margin_remembers else None,
             "num_subcenters": task.head.num_subcenters,
@@ -270,19 +277,14 @@ def resume(run: Run) -> None:
         logger.info("going on from %s, step %d of %d", path, run.step, run.total_steps)
 
 
-def task_loader(run: Run, task: Task) -> TorchLoader:
+def task_loader(run: Run, task: Task) -> Loader:
     """The batches of one task from the present step on."""
-    config = run.config
-    return TorchLoader(
-        index=task.index,
-        plan=SamplePlan(task.index.shard_sizes, seed=task.seed),
+    steps = RankSteps(
+        plan=task.data.plan,
         global_batch=task.global_batch_size,
         rank=run.mesh.rank,
         world_size=run.mesh.size,
         consumed=run.step * task.global_batch_size,
         num_batches=run.total_steps - run.step,
-        image_size=config.data.image_size,
-        horizontal_flip=config.data.horizontal_flip,
-        num_workers=config.data.num_workers,
-        seed=task.seed,
     )
+    return make_loader(run.config.data, task.data, steps, device=run.device)

@@ -6,9 +6,10 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from partialfc.data_commands import add_data_commands
 from partialfc.distributed.launch import rank_from_environment
 
 __all__ = ["main"]
@@ -69,68 +70,6 @@ def _schema(options: argparse.Namespace) -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-def _synthesize(options: argparse.Namespace) -> None:
-    from partialfc.data import inspect, synthesize
-
-    with _progress("synthesize") as report:
-        synthesize(
-            options.out,
-            identities=options.identities,
-            images_per_identity=options.images_per_identity,
-            seed=options.seed,
-            image_size=options.image_size,
-            difficulty=options.difficulty,
-            verification_identities=options.verification_identities,
-            on_progress=report,
-        )
-    print(inspect(options.out))
-
-
-def _pack(options: argparse.Namespace) -> None:
-    from partialfc.data import pack
-
-    with _progress("pack") as report:
-        result = pack(
-            options.source,
-            options.out,
-            verification_share=options.verification_share,
-            seed=options.seed,
-            image_size=options.image_size,
-            samples_per_shard=options.samples_per_shard,
-            on_progress=report,
-        )
-    print(result)
-
-
-def _inspect(options: argparse.Namespace) -> None:
-    from partialfc.data import inspect
-
-    print(inspect(options.directory))
-
-
-class _progress:  # noqa: N801
-    """A progress bar behind the callback (done, total) that the data functions call."""
-
-    def __init__(self, description: str) -> None:
-        self._description = description
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        from partialfc.telemetry import ProgressBar
-
-        self._bar: ProgressBar | None = None
-
-        def report(done: int, total: int) -> None:
-            if self._bar is None:
-                self._bar = ProgressBar(total, description=self._description, unit="images")
-            self._bar.update(done - self._bar.count)
-
-        return report
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """As `parse_args`, but overrides may also come after options, where argparse no longer looks for them."""
     parser = _parser()
@@ -160,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("config-schema", help="print the JSON schema of configuration files, for editors")
     schema.set_defaults(command=_schema)
 
-    _add_data_commands(commands.add_parser("data", help="make and look at data sets"))
+    add_data_commands(commands.add_parser("data", help="make, check and rearrange data sets"))
     return parser
 
 
@@ -174,33 +113,6 @@ def _add_plan_command(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--tflops-fp32", type=float, default=67.0, help="of float32 products; default: %(default)s")
     plan.add_argument("--bandwidth", type=float, default=3350.0, help="GB/s of GPU memory; default: %(default)s")
     plan.set_defaults(command=_plan)
-
-
-def _add_data_commands(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    synthesize = commands.add_parser("synthesize", help="generate identities that nobody has")
-    synthesize.add_argument("--identities", type=int, required=True, help="identities to train on")
-    synthesize.add_argument("--images-per-identity", type=int, required=True)
-    synthesize.add_argument("--verification-identities", type=int, default=0, help="identities set aside")
-    synthesize.add_argument("--seed", type=int, default=0)
-    synthesize.add_argument("--image-size", type=int, default=112, help="in pixels")
-    synthesize.add_argument("--difficulty", type=float, default=0.5, help="how much views differ, in [0, 1]")
-    synthesize.add_argument("--out", type=Path, required=True, help="folder to make")
-    synthesize.set_defaults(command=_synthesize)
-
-    pack = commands.add_parser("pack", help="pack a folder of identity folders into tar shards")
-    pack.add_argument("source", type=Path, help="a folder with one folder of images for each identity")
-    pack.add_argument("--out", type=Path, required=True, help="folder to make")
-    pack.add_argument("--verification-share", type=float, default=0.0, help="share of identities set aside")
-    pack.add_argument("--image-size", type=int, default=None, help="resize to this many pixels; default: keep")
-    pack.add_argument("--samples-per-shard", type=int, default=10_000)
-    pack.add_argument("--seed", type=int, default=0, help="chooses the identities set aside")
-    pack.set_defaults(command=_pack)
-
-    inspect = commands.add_parser("inspect", help="print counts, sizes and labels of a data set")
-    inspect.add_argument("directory", type=Path)
-    inspect.set_defaults(command=_inspect)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def open_verification(config: Config) -> ShardIndex:
             f"{config.data.directory} has no verification split: pack it with --verification-share, or set "
             "evaluation.enabled=false"
         )
-    index = ShardIndex.open(directory)
+    index = ShardIndex.open(directory, cache=config.data.remote)
     # Drawn here too, so that a run which cannot be evaluated does not begin.
     make_pairs(torch.from_numpy(index.labels.copy()), num_pairs=config.evaluation.num_pairs, seed=config.run.seed)
     return index
@@ -113,7 +113,7 @@ def verify_backbone(
 def _with_warnings(batches: Iterable[Batch]) -> Iterator[Batch]:
     for batch in batches:
         for failure in batch.failures:
-            logger.warning("verification: sample left out: %s", failure)
+            logger.warning("verification: sample left out: %s", failure.message)
         yield batch
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from partialfc.assembly import Run, assemble, checkpoint_facts, checkpoint_state, resume, task_loader
+from partialfc.bad_samples import BadSamples
 from partialfc.config import Config, write_config
 from partialfc.data import Batch, normalize_images
 from partialfc.distributed.launch import process_group
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 _DROPOUT_STREAM = 4  # keeps these hashes apart from those of other parts that use the same seed
 _MOST_SKIPPED_STEPS = 20
-_MOST_FAILED_SAMPLES, _MOST_FAILED_SHARE = 20, 0.05  # of a rank; more than both, and the run stops
 
 
 class DivergedError(RuntimeError):
@@ -97,8 +97,9 @@ def _train_steps(run: Run, metrics: MetricsLog) -> Throughput:
             if run.step > first_step:  # the first step warms up
                 throughput.add(batch_size, seconds=time.perf_counter() - started, waiting_seconds=waited)
             run.step += 1
-            failures = tuple(failure for batch in batches.values() for failure in batch.failures)
-            record.step(loss, gradient_norm, updated, failures, throughput)
+            for batch in batches.values():
+                record.bad_samples.add(run.step, batch.failures)
+            record.step(loss, gradient_norm, updated, throughput)
             progress.update(batch_size, loss=loss, lr=record.learning_rate)
             _when_due(run, metrics)
     record.finish()
@@ -110,29 +111,25 @@ class _Record:
 
     def __init__(self, run: Run, metrics: MetricsLog) -> None:
         self._run, self._metrics = run, metrics
+        self.bad_samples = BadSamples(
+            run.directory,
+            mesh=run.mesh,
+            device=run.device,
+            max_share=run.config.data.max_bad_share,
+            resume_step=run.step + 1,
+        )
         self._losses: list[float] = []
-        self._skipped = self._failed_samples = 0
+        self._skipped = 0
         self.learning_rate = 0.0
 
-    def step(
-        self, loss: float, gradient_norm: float, updated: bool, failures: tuple[str, ...], throughput: Throughput
-    ) -> None:
+    def step(self, loss: float, gradient_norm: float, updated: bool, throughput: Throughput) -> None:
         """After step number `run.step`.
 
         Raises:
             DivergedError: if too many steps in a row were not finite.
-            ValueError: if too many samples could not be read.
+            ValueError: if too many samples could not be used.
         """
         run = self._run
-        for failure in failures:
-            logger.warning("step %d: sample masked: %s", run.step, failure)
-        self._failed_samples += len(failures)
-        seen = throughput.images // run.mesh.size
-        if self._failed_samples > max(_MOST_FAILED_SAMPLES, _MOST_FAILED_SHARE * seen):
-            raise ValueError(
-                f"{self._failed_samples} of about {seen} samples could not be read on rank {run.mesh.rank} up to step "
-                f"{run.step}, the last: {failures[-1] if failures else 'see the warnings'}; repair the data"
-            )
         self._skipped = 0 if updated and math.isfinite(loss) else self._skipped + 1
         if self._skipped == _MOST_SKIPPED_STEPS:
             self.finish()
@@ -140,6 +137,7 @@ class _Record:
         self.learning_rate = _learning_rate(run, run.config.optimizer.learning_rate, run.step - 1)
         if run.step % run.config.run.log_every_steps and run.step != run.total_steps:
             return
+        self.bad_samples.settle(run.step * run.global_batch_size)
         self._metrics.write(
             run.step,
             {
@@ -148,7 +146,7 @@ class _Record:
                 "gradient_norm": gradient_norm,
                 "images_per_second": throughput.images_per_second,
                 "data_waiting_share": throughput.waiting_share,
-                "failed_samples_of_rank_0": self._failed_samples,
+                "bad_samples": self.bad_samples.counts.total(),
                 **run.heads.diagnostics(),
             },
         )
@@ -169,7 +167,7 @@ class _Record:
 
 def _learning_rate(run: Run, base: float, step: int) -> float:
     main = run.tasks["main"]
-    steps_an_epoch = main.index.num_samples / main.global_batch_size
+    steps_an_epoch = main.data.plan.num_samples / main.global_batch_size
     return learning_rate_at(
         step,
         base=base,

@@ -138,7 +138,12 @@ def build_config(run: Run, budget: Budget, *, data: Path, directory: Path) -> Co
     optimizer = {"name": "sgd", "learning_rate": budget.learning_rate}
     values = {
         "run": {"directory": directory, "seed": run.seed, "device": "cpu", "log_every_steps": 50},
-        "data": {"directory": data, "image_size": budget.image_size, "horizontal_flip": False, "num_workers": 0},
+        "data": {
+            "directory": data,
+            "image_size": budget.image_size,
+            "augmentation": {"horizontal_flip": 0.0},
+            "num_workers": 0,
+        },
         "backbone": {"name": "iresnet10", "embedding_dim": budget.embedding_dim, "options": {"width": budget.width}},
         "head": {**ENTRIES[run.entry], "sample_rate": run.sample_rate, "init_std": 0.02, "optimizer": optimizer},
         "optimizer": optimizer,

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from partialfc.data.augment import AugmentationParameters, apply_augmentation
 from partialfc.data.decode import decode_image
-from partialfc.data.index import ShardIndex
+from partialfc.data.errors import SampleError
 
-__all__ = ["MASKED_LABEL", "Batch", "normalize_images", "read_batch"]
+if TYPE_CHECKING:
+    from partialfc.data.index import ShardIndex
+    from partialfc.data.joined import JoinedIndex
+
+__all__ = ["MASKED_LABEL", "BadSample", "Batch", "bad_sample", "decode_sample", "normalize_images", "read_batch"]
 
 MASKED_LABEL = -1
 """Label of a sample that could not be read: it keeps its slot, and counts nowhere."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be used.
+
+    Attributes:
+        sample_id: its id.
+        reason: one of `partialfc.data.errors.REASONS`.
+        message: one line with data shard, id, key, byte offset and what was found.
+    """
+
+    sample_id: int
+    reason: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -25,13 +46,17 @@ class Batch:
         images: uint8 [b, 3, H, W], RGB; zero where the sample could not be read.
         labels: int64 [b]; -1 where the sample could not be read.
         ids: int64 [b], sample ids.
-        failures: one line for each sample that could not be read: data shard, id, byte offset and reason.
+        failures: the samples that could not be read.
     """
 
     images: Tensor
     labels: Tensor
     ids: Tensor
-    failures: tuple[str, ...] = ()
+    failures: tuple[BadSample, ...] = ()
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, which is copied to a GPU while it computes."""
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.ids, self.failures)
 
 
 def normalize_images(images: Tensor) -> Tensor:
@@ -39,34 +64,61 @@ def normalize_images(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1.0)
 
 
-def read_batch(index: ShardIndex, ids: Tensor, *, image_size: int, flips: Tensor | None = None) -> Batch:
-    """Reads and decodes some samples. A sample that fails keeps its slot, with a zero image and label -1.
+def read_batch(
+    index: ShardIndex | JoinedIndex,
+    ids: Tensor,
+    *,
+    image_size: int,
+    augmentation: AugmentationParameters | None = None,
+) -> Batch:
+    """Reads, decodes and augments some samples. A bad one keeps its slot, with a zero image and the label -1.
 
     Args:
         index: the split to read from.
         ids: int64 [b], sample ids.
         image_size: height and width of the images in pixels.
-        flips: bool [b], which images to mirror; none if left out.
+        augmentation: what to do with each of them; left out, nothing.
+
+    Raises:
+        DataError: if a data shard cannot be used.
     """
     images = np.zeros((len(ids), 3, image_size, image_size), dtype=np.uint8)
-    labels = np.full(len(ids), MASKED_LABEL, dtype=np.int64)
+    sample_ids = ids.numpy()
+    labels = np.array(index.labels[sample_ids], dtype=np.int64)
     failures = []
-    for slot, sample_id in enumerate(ids.tolist()):
+    for slot, data in enumerate(index.read_many(sample_ids)):
         try:
-            pixels = _read_image(index, sample_id, image_size)
-        except (OSError, ValueError) as error:
-            failures.append(str(error))
+            pixels = decode_sample(data, image_size=image_size, augmentation=augmentation, slot=slot)
+        except SampleError as error:
+            failures.append(bad_sample(index, int(sample_ids[slot]), error))
+            labels[slot] = MASKED_LABEL
             continue
-        if flips is not None and flips[slot]:
-            pixels = pixels[:, ::-1]
         images[slot] = pixels.transpose(2, 0, 1)
-        labels[slot] = index.labels[sample_id]
     return Batch(torch.from_numpy(images), torch.from_numpy(labels), ids, tuple(failures))
 
 
-def _read_image(index: ShardIndex, sample_id: int, image_size: int) -> np.ndarray:
-    data = index.read(sample_id)
-    try:
+def decode_sample(
+    data: bytes | SampleError, *, image_size: int, augmentation: AugmentationParameters | None, slot: int
+) -> np.ndarray:
+    """The pixels of one sample of a batch, uint8 [H, W, 3], decoded and augmented.
+
+    Args:
+        data: its image file, or what is wrong with it.
+        image_size: H and W.
+        augmentation: what to do with each sample of the batch.
+        slot: the place of the sample in the batch.
+
+    Raises:
+        SampleError: if the sample is bad.
+    """
+    if isinstance(data, SampleError):
+        raise data
+    if augmentation is None:
         return decode_image(data, image_size=image_size)
-    except ValueError as error:
-        raise ValueError(f"{index.describe(sample_id)}: {error}") from error
+    return apply_augmentation(decode_image(data), augmentation, slot=slot, image_size=image_size)
+
+
+def bad_sample(index: ShardIndex | JoinedIndex, sample_id: int, error: SampleError) -> BadSample:
+    """What is recorded of a bad sample; the message says where it lies."""
+    message, where = str(error), index.describe(sample_id)
+    return BadSample(sample_id, error.reason, message if message.startswith(where) else f"{where}: {message}")

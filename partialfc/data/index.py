@@ -1,89 +1,104 @@
-"""The index beside the data shards: where each sample lies, what its label is, and whether it is still intact.
-
-A split is a folder:
-
-    shard-000000.tar ...   ordinary WebDataset tars: key.jpg (or .png, .webp, .bmp) and key.cls
-    index.npy              one record a sample (`RECORD`), in shard order; memory-mapped
-    label_names.json       name of the identity of each label
-    manifest.json          format version, counts, shard names and byte sizes, fingerprint
-"""
+"""The index of a split, opened for reading: where samples lie, their labels, and whether they are still intact."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import tarfile
 import zlib
-from collections import OrderedDict
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from partialfc.data.errors import SampleError
+from partialfc.data.remote import CacheSettings
+from partialfc.data.split_format import (
+    BY_LABEL,
+    INDEX,
+    LABEL_NAMES,
+    LABEL_STARTS,
+    check_split,
+    read_manifest,
+    shard_location,
+)
+from partialfc.data.storage import Storage, open_storage
+
 __all__ = ["ShardIndex"]
 
-FORMAT = "partialfc-split"
-VERSION = 1
-MANIFEST, INDEX, LABEL_NAMES = "manifest.json", "index.npy", "label_names.json"
-RECORD = np.dtype([("offset", "<i8"), ("label", "<i8"), ("size", "<u4"), ("crc32", "<u4")])
-"""Byte offset of the image in its shard, label, image bytes and their crc32: 24 bytes a sample."""
-
-_MAX_OPEN_SHARDS = 64  # Far below the usual limit of 1,024 open files, far above the lanes read at a time.
+_HEADERS_READ_BYTES = 1 << 15  # what a name of any usual length, as PAX stores it, takes in front of a file
 
 
 class ShardIndex:
     """The index of one split, opened for reading. Use `ShardIndex.open`.
 
-    An index can be sent to another process, which opens it again. It is not meant to be shared by threads.
+    An index can be sent to another process, which opens its files again. It is not meant to be shared by threads.
 
     Attributes:
         directory: the folder of the split.
         num_samples: number of samples; ids are [0, num_samples), in shard order.
         num_classes: number of identities; every label in [0, num_classes) has at least one sample.
-        labels: int64 array [num_samples], memory-mapped.
-        shard_paths: paths of the data shards.
+        labels: int64 [num_samples], memory-mapped.
+        sizes: uint32 [num_samples], bytes of each image, memory-mapped.
+        weights: float32 [num_samples], memory-mapped, or None if the set has no weights.
+        quality: float32 [num_samples], memory-mapped, or None if the set has no quality.
+        by_label: sample ids grouped by label, ascending, memory-mapped; those of label c are
+            by_label[label_starts[c] : label_starts[c + 1]].
+        label_starts: int64 [num_classes + 1], memory-mapped.
+        shard_paths: paths or URLs of the data shards.
         shard_sizes: samples in each data shard.
         shard_bytes: byte size of each data shard.
-        fingerprint: hash of the index, the names and the manifest, as hexadecimal digits.
+        labels_in_shards: whether the .cls members of the tars hold these labels.
+        fingerprint: hash of the content, as hexadecimal digits; the same wherever the data shards lie.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any], records: np.ndarray) -> None:
+    def __init__(self, directory: Path, manifest: dict[str, Any], storage: Storage) -> None:
         shards = manifest["shards"]
         self.directory = directory
         self.num_samples = int(manifest["num_samples"])
         self.num_classes = int(manifest["num_classes"])
         self.fingerprint = str(manifest["fingerprint"])
-        self.shard_paths = [directory / shard["name"] for shard in shards]
+        self.labels_in_shards = bool(manifest["labels_in_shards"])
+        self.shard_paths = [shard_location(directory, shard["name"]) for shard in shards]
         self.shard_sizes = [int(shard["num_samples"]) for shard in shards]
         self.shard_bytes = [int(shard["bytes"]) for shard in shards]
-        self.labels = records["label"]
-        self._records = records
+        self.label_starts = np.load(directory / LABEL_STARTS, mmap_mode="r")
+        self.by_label = np.load(directory / BY_LABEL, mmap_mode="r")
+        self._records = np.load(directory / INDEX, mmap_mode="r")
+        self.labels = self._records["label"]
+        self.sizes = self._records["size"]
+        fields = self._records.dtype.names or ()
+        self.weights = self._records["weight"] if "weight" in fields else None
+        self.quality = self._records["quality"] if "quality" in fields else None
         self._shard_ends = np.cumsum(self.shard_sizes)
-        self._open_files: OrderedDict[int, int] = OrderedDict()
+        self._manifest, self._storage = manifest, storage
 
     @classmethod
-    def open(cls, directory: str | Path) -> ShardIndex:
+    def open(
+        cls, directory: str | Path, *, cache: CacheSettings | None = None, check_shards: bool = True
+    ) -> ShardIndex:
         """Opens the split in a folder and checks it, so that damage shows before a training starts.
 
         Args:
             directory: the folder of a split, such as `faces/train`.
+            cache: where pieces of remote data shards are kept; left out, in the usual folder of this user.
+            check_shards: whether to look at the data shards: that they are there, of the size recorded, and can be
+                read in any order. What only streams them need not.
 
         Raises:
             FileNotFoundError: if the folder, its index or a data shard is missing.
             ValueError: if a file has another size than recorded, the index was changed, or labels have gaps.
+            DataError: if a remote data shard cannot be reached.
         """
         directory = Path(directory)
-        manifest = _read_manifest(directory)
-        _check_shards(directory, manifest)
-        if (fingerprint := compute_fingerprint(directory, manifest)) != manifest["fingerprint"]:
-            raise ValueError(
-                f"{directory}: the index has fingerprint {fingerprint[:16]}, but {MANIFEST} says "
-                f"{str(manifest['fingerprint'])[:16]}; a file was changed or damaged: write the split again"
-            )
-        records = np.load(directory / INDEX, mmap_mode="r")
-        _check_records(directory, manifest, records)
-        return cls(directory, manifest, records)
+        manifest = read_manifest(directory)
+        paths = [shard_location(directory, shard["name"]) for shard in manifest["shards"]]
+        storage = open_storage(paths, [shard["bytes"] for shard in manifest["shards"]], cache=cache)
+        if check_shards:
+            storage.check()
+        check_split(directory, manifest)
+        return cls(directory, manifest, storage)
 
     @cached_property
     def label_names(self) -> list[str]:
@@ -91,125 +106,113 @@ class ShardIndex:
         names: list[str] = json.loads((self.directory / LABEL_NAMES).read_text(encoding="utf-8"))
         return names
 
+    @property
+    def storage(self) -> Storage:
+        """What reads the data shards."""
+        return self._storage
+
     def read(self, sample_id: int) -> bytes:
         """The image file of a sample, as stored.
 
         Raises:
             IndexError: if the id is outside [0, num_samples).
-            OSError: if the data shard cannot be read.
-            ValueError: if the data shard ends too early or the bytes fail their checksum.
+            SampleError: if the bytes cannot be read, or are not those that were indexed.
+            DataError: if the data shard itself cannot be used.
         """
-        if not 0 <= sample_id < self.num_samples:
-            raise IndexError(f"{self.directory}: sample id {sample_id} is outside [0, {self.num_samples})")
-        record = self._records[sample_id]
-        size = int(record["size"])
-        try:
-            data = os.pread(self._file(self._shard_of(sample_id)), size, int(record["offset"]))
-        except OSError as error:
-            raise OSError(error.errno, f"{self.describe(sample_id)}: {error.strerror}") from error
-        if len(data) != size:
-            raise ValueError(f"{self.describe(sample_id)}: {size} bytes expected, but the file holds {len(data)}")
-        if zlib.crc32(data) != int(record["crc32"]):
-            raise ValueError(f"{self.describe(sample_id)}: the bytes do not match their crc32 checksum")
+        (data,) = self.read_many(np.array([sample_id]))
+        if isinstance(data, SampleError):
+            raise data
         return data
+
+    def read_many(self, sample_ids: np.ndarray | Sequence[int]) -> list[bytes | SampleError]:
+        """The image files of some samples, or in their place what is wrong with them.
+
+        Args:
+            sample_ids: int64 [b].
+
+        Raises:
+            IndexError: if an id is outside [0, num_samples).
+            DataError: if a data shard itself cannot be used.
+        """
+        ids = np.asarray(sample_ids, dtype=np.int64)
+        shards, offsets, sizes = self.locate(ids)
+        checksums = self._records["crc32"][ids].tolist()
+        pieces = self._storage.read_many(shards.tolist(), offsets.tolist(), sizes.tolist())
+        found: list[bytes | SampleError] = []
+        for number, (data, checksum) in enumerate(zip(pieces, checksums, strict=True)):
+            if isinstance(data, SampleError):
+                found.append(SampleError(data.reason, f"{self.describe(int(ids[number]))}: {data}"))
+            elif zlib.crc32(data) != checksum:
+                where = self.describe(int(ids[number]))
+                found.append(SampleError("checksum", f"{where}: the bytes do not match their crc32 checksum"))
+            else:
+                found.append(data)
+        return found
+
+    def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where samples lie: (number of the data shard, byte offset, bytes), int64 [b] each.
+
+        Raises:
+            IndexError: if an id is outside [0, num_samples).
+        """
+        if len(sample_ids) and not (0 <= sample_ids.min() and sample_ids.max() < self.num_samples):
+            wrong = sample_ids[(sample_ids < 0) | (sample_ids >= self.num_samples)][0]
+            raise IndexError(f"{self.directory}: sample id {wrong} is outside [0, {self.num_samples})")
+        records = self._records[sample_ids]
+        shards = np.searchsorted(self._shard_ends, sample_ids, side="right")
+        return shards, records["offset"], records["size"].astype(np.int64)
 
     def describe(self, sample_id: int) -> str:
         """Where a sample lies, for messages."""
-        shard, offset = self.shard_paths[self._shard_of(sample_id)], int(self._records[sample_id]["offset"])
-        return f"{shard}, sample {sample_id} at byte {offset}"
+        shards, offsets, _ = self.locate(np.array([sample_id]))
+        key = self.key(sample_id)
+        named = f" (key {key})" if key else ""
+        return f"{self.shard_paths[int(shards[0])]}, sample {sample_id}{named} at byte {int(offsets[0])}"
+
+    def key(self, sample_id: int) -> str | None:
+        """The key of a sample in its tar: its name without extension. None if the tar cannot be read there."""
+        shards, offsets, _ = self.locate(np.array([sample_id]))
+        offset = int(offsets[0])
+        length = min(offset, _HEADERS_READ_BYTES)
+        try:
+            before = self._storage.read(int(shards[0]), offset - length, length)
+        except (OSError, SampleError):
+            return None
+        name = _name_in_front(before)
+        if name is None:
+            return None
+        folder, slash, file = name.rpartition("/")
+        return folder + slash + file.partition(".")[0]
 
     @property
     def image_bytes(self) -> int:
         """Bytes of all images together, without the headers of the tars."""
-        return int(self._records["size"].sum(dtype=np.int64))
-
-    def _shard_of(self, sample_id: int) -> int:
-        return int(np.searchsorted(self._shard_ends, sample_id, side="right"))
-
-    def _file(self, shard: int) -> int:
-        if shard in self._open_files:
-            self._open_files.move_to_end(shard)
-        else:
-            self._open_files[shard] = os.open(self.shard_paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._open_files) > _MAX_OPEN_SHARDS:
-                os.close(self._open_files.popitem(last=False)[1])
-        return self._open_files[shard]
+        return int(self.sizes.sum(dtype=np.int64))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardIndex.open, (self.directory,)
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_open_files", {}).values():
-            os.close(descriptor)
+        return ShardIndex, (self.directory, self._manifest, self._storage)
 
 
-def compute_fingerprint(directory: Path, manifest: dict[str, Any]) -> str:
-    """SHA-256 over the manifest (without its fingerprint), the index and the label names of a split."""
-    described = {key: value for key, value in manifest.items() if key != "fingerprint"}
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for name in (INDEX, LABEL_NAMES):
-        with open(directory / name, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such folder; expected a split written by `partialfc data`")
-    for name in (MANIFEST, INDEX, LABEL_NAMES):
-        if not (directory / name).is_file():
-            inside = [split.name for split in sorted(directory.iterdir()) if (split / MANIFEST).is_file()]
-            hint = f"; it holds the splits {inside}, name one of them" if inside else ""
-            raise FileNotFoundError(f"{directory}: {name} is missing, so this is not a split{hint}")
+def _name_in_front(before: bytes) -> str | None:
+    """The name in the tar header that ends these bytes, or in the PAX or GNU header in front of that."""
+    block = tarfile.BLOCKSIZE
     try:
-        manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        kind = (manifest["format"], manifest["version"])
-        _ = manifest["num_samples"], manifest["num_classes"], manifest["fingerprint"]
-        _ = [(shard["name"], shard["bytes"], shard["num_samples"]) for shard in manifest["shards"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / MANIFEST}: not a manifest of a split: {error!r}") from error
-    if kind != (FORMAT, VERSION):
-        raise ValueError(f"{directory / MANIFEST}: format {kind}, but this version reads {(FORMAT, VERSION)}")
-    return manifest
-
-
-def _check_shards(directory: Path, manifest: dict[str, Any]) -> None:
-    for shard in manifest["shards"]:
-        path = directory / shard["name"]
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: the data shard is missing, though {MANIFEST} lists it")
-        if (found := path.stat().st_size) != shard["bytes"]:
-            raise ValueError(
-                f"{path}: the data shard has {found} bytes, but {MANIFEST} says {shard['bytes']}; "
-                "it was cut off or changed: copy or write it again"
-            )
-
-
-def _check_records(directory: Path, manifest: dict[str, Any], records: np.ndarray) -> None:
-    num_samples, num_classes = manifest["num_samples"], manifest["num_classes"]
-    in_shards = sum(shard["num_samples"] for shard in manifest["shards"])
-    if records.dtype != RECORD or records.shape != (num_samples,) or in_shards != num_samples:
-        raise ValueError(
-            f"{directory / INDEX}: {records.shape} records of {records.dtype} for {num_samples} samples, of which "
-            f"the shards claim {in_shards}; write the split again"
-        )
-    check_labels(records["label"], num_classes, where=str(directory))
-
-
-def check_labels(labels: np.ndarray, num_classes: int, *, where: str) -> None:
-    """Refuses labels that do not cover [0, num_classes).
-
-    Raises:
-        ValueError: naming the first label that is outside, or that has no sample.
-    """
-    if len(labels) == 0:
-        raise ValueError(f"{where}: there is no sample")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"{where}: label {low if low < 0 else high} is outside [0, {num_classes})")
-    missing = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
-    if len(missing):
-        raise ValueError(
-            f"{where}: {len(missing)} of {num_classes} labels have no sample, first {missing[0]}; labels must cover "
-            f"[0, {num_classes}) without gaps: number the identities anew"
-        )
+        name = tarfile.TarInfo.frombuf(before[-block:], "utf-8", "surrogateescape").name
+    except tarfile.HeaderError:
+        return None
+    for start in range(len(before) - 2 * block, -1, -block):
+        kind = before[start + 156 : start + 157]
+        if kind not in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME):
+            continue
+        try:
+            header = tarfile.TarInfo.frombuf(before[start : start + block], "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            continue
+        if start + block + -(-header.size // block) * block != len(before) - block:
+            continue
+        content = before[start + block : start + block + header.size]
+        if kind == tarfile.GNUTYPE_LONGNAME:
+            return content.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        _, found, rest = content.partition(b" path=")
+        return rest.partition(b"\n")[0].decode("utf-8", "surrogateescape") if found else name
+    return name

@@ -3,95 +3,185 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from partialfc.data.augment import horizontal_flips
+from partialfc.data.augment import Augmentation
 from partialfc.data.batch import Batch, read_batch
+from partialfc.data.errors import DataError
 from partialfc.data.index import ShardIndex
-from partialfc.data.plan import SamplePlan, rank_slice
+from partialfc.data.joined import JoinedIndex
+from partialfc.data.plan import RankSteps, rank_slice
+from partialfc.data.read_ahead import WarmSteps
 
-__all__ = ["SequentialLoader", "TorchLoader"]
+__all__ = ["Loader", "SequentialLoader", "StepsDataset", "TorchLoader", "WholeBatchLoader"]
 
 _PREFETCHED_BATCHES = 4  # Per worker: enough to bridge a slow read, little memory as images are uint8.
+_LOOK_EVERY_SECONDS = 2.0  # Whether a worker died.
 
 
-class TorchLoader:
-    """The training batches of one rank: step t holds this rank's slice of [consumed + t * global_batch, ...).
+class Loader(Protocol):
+    """The batches of one rank, in order. Iterating again starts over."""
 
-    What a step holds is a function of the index, the plan, the seed and the stream position alone: the number of
-    workers changes nothing, and the slices of all ranks make up the same global batch whatever their number. To go on
-    after an interruption, pass the number of samples consumed. Iterating again starts over at `consumed`.
+    def __len__(self) -> int:
+        """Number of batches."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches."""
+
+
+class StepsDataset(Protocol):
+    """Step number -> batch of one rank; it must be possible to send it to a worker process."""
+
+    def __len__(self) -> int:
+        """Number of steps."""
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step, in [0, len)."""
+
+
+class WholeBatchLoader:
+    """Hands out the batches of a `StepsDataset` in order, read by worker processes.
 
     Args:
-        index: the split to read.
-        plan: the order of its samples.
-        global_batch: samples of a step over all ranks.
-        rank: this rank, in [0, world_size).
-        world_size: number of ranks.
-        consumed: samples of the stream consumed before the first step.
-        num_batches: number of steps.
-        image_size: height and width of the images in pixels; others are resized.
-        horizontal_flip: whether to mirror half of the images, drawn anew each epoch.
+        steps: what to read.
         num_workers: worker processes; 0 reads in the calling process.
-        seed: key of the augmentation.
+        timeout_seconds: how long to wait for a batch of the workers before giving up.
+        order: the numbers of all steps, which may come with delays; left out, without.
 
     Raises:
-        ValueError: if the plan is not one of this index, or a number is out of its range.
+        ValueError: if a number is out of its range.
     """
 
     def __init__(
         self,
+        steps: StepsDataset,
         *,
-        index: ShardIndex,
-        plan: SamplePlan,
-        global_batch: int,
-        rank: int,
-        world_size: int,
-        consumed: int,
-        num_batches: int,
-        image_size: int,
-        horizontal_flip: bool,
         num_workers: int,
-        seed: int,
+        timeout_seconds: float = 600.0,
+        order: Iterable[int] | None = None,
     ) -> None:
-        if plan.num_samples != index.num_samples:
+        if num_workers < 0 or timeout_seconds <= 0:
             raise ValueError(
-                f"TorchLoader: the plan orders {plan.num_samples} samples, but {index.directory} has "
-                f"{index.num_samples}; make the plan from index.shard_sizes"
+                f"loader: num_workers={num_workers} must not be negative, timeout_seconds={timeout_seconds} positive"
             )
-        if global_batch < 1 or num_batches < 0:
-            raise ValueError(
-                f"TorchLoader: global_batch={global_batch} must be at least 1, and num_batches={num_batches} "
-                "not negative"
-            )
-        rank_slice(consumed, global_batch, rank=rank, world_size=world_size)  # Refuses what is out of range.
-        steps = _TrainingSteps(
-            index=index,
-            plan=plan,
-            global_batch=global_batch,
-            rank=rank,
-            world_size=world_size,
-            consumed=consumed,
-            num_batches=num_batches,
-            image_size=image_size,
-            flip_seed=seed if horizontal_flip else None,
+        self._num_workers, self._timeout_seconds = num_workers, timeout_seconds
+        self._num_batches = len(steps)
+        self._loader: DataLoader[Any] = DataLoader(
+            _Caught(steps),
+            batch_size=None,
+            sampler=range(len(steps)) if order is None else order,
+            num_workers=num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_start_worker,
+            prefetch_factor=_PREFETCHED_BATCHES if num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            timeout=min(_LOOK_EVERY_SECONDS, timeout_seconds) if num_workers else 0,
         )
-        self._num_batches = num_batches
-        self._loader = _whole_batch_loader(steps, num_workers)
 
     def __len__(self) -> int:
         return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        """The batches.
+
+        Raises:
+            DataError: if a data shard cannot be used, or a worker process died or no longer answers.
+        """
+        batches, workers = self._start()
+        for number in range(self._num_batches):
+            batch = self._next(batches, workers, number)
+            if isinstance(batch, BaseException):
+                try:
+                    raise batch
+                finally:
+                    # The error refers to this frame: with these names, to itself and to the processes of torch too.
+                    del batch, batches, workers
+            yield batch
+
+    def _start(self) -> tuple[Iterator[Any], list[BaseProcess]]:
+        """The iterator of torch, and its processes."""
+        others, handler = active_children(), signal.getsignal(signal.SIGCHLD)
+        batches = iter(self._loader)
+        if threading.current_thread() is threading.main_thread():
+            # torch raises from this signal, wherever the program is at the moment. Here `_next` looks for the dead.
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+        return batches, [child for child in active_children() if child not in others]
+
+    def _next(self, batches: Iterator[Any], workers: list[BaseProcess], number: int) -> Any:
+        deadline = time.monotonic() + self._timeout_seconds
+        while True:
+            try:
+                return next(batches)
+            except (RuntimeError, EOFError, OSError) as error:  # Those of data come as values.
+                for worker in workers:
+                    worker.join(_LOOK_EVERY_SECONDS / 100)
+                dead = [f"pid {worker.pid}, {_end_of(worker)}" for worker in workers if not worker.is_alive()]
+                if dead:
+                    raise DataError(
+                        f"a data worker of this rank died before batch {number} ({'; '.join(dead)}). It may have run "
+                        f"out of memory (see dmesg) or of shared memory; {len(workers)} workers were running "
+                        "(data.num_workers)"
+                    ) from None
+                if "timed out" not in str(error):
+                    raise
+            if time.monotonic() >= deadline:
+                raise DataError(
+                    f"no batch came from {len(workers)} data workers within {self._timeout_seconds:g} seconds, waiting "
+                    f"for batch {number}: storage or a worker hangs (data.num_workers, data.timeout_seconds)"
+                )
 
 
-class SequentialLoader:
+class TorchLoader(WholeBatchLoader):
+    """The training batches of one rank.
+
+    What a step holds is a function of the index, the plan, the seed and the stream position alone: the number of
+    workers changes nothing, and the slices of all ranks make up the same global batch whatever their number. To go on
+    after an interruption, pass the number of samples consumed. Iterating again starts over.
+
+    Args:
+        index: the data to read.
+        steps: which samples each step of this rank holds.
+        image_size: height and width of the images in pixels; others are resized.
+        augmentation: random changes of the images.
+        num_workers: worker processes; 0 reads in the calling process.
+        seed: key of the augmentation.
+        timeout_seconds: how long to wait for a batch of the workers before giving up.
+        read_ahead: whether to read the windows of the plan in large pieces before they are needed; see `ReadAhead`.
+
+    Raises:
+        ValueError: if a number is out of its range, or the plan has no windows to read ahead.
+    """
+
+    def __init__(
+        self,
+        *,
+        index: ShardIndex | JoinedIndex,
+        steps: RankSteps,
+        image_size: int,
+        augmentation: Augmentation,
+        num_workers: int,
+        seed: int,
+        timeout_seconds: float = 600.0,
+        read_ahead: bool = False,
+    ) -> None:
+        super().__init__(
+            _TrainingSteps(index, steps, image_size, augmentation, seed),
+            num_workers=num_workers,
+            timeout_seconds=timeout_seconds,
+            order=WarmSteps(index, steps) if read_ahead else None,
+        )
+
+
+class SequentialLoader(WholeBatchLoader):
     """Every sample once, in the order of the index, for evaluation. No augmentation.
 
     The ranks take contiguous parts of the index, whose lengths differ by at most one; nothing is dropped or repeated,
@@ -122,65 +212,37 @@ class SequentialLoader:
         if batch_size < 1:
             raise ValueError(f"SequentialLoader: batch_size is {batch_size}, but must be at least 1")
         part = rank_slice(0, index.num_samples, rank=rank, world_size=world_size)
-        steps = _SequentialSteps(index=index, part=part, batch_size=batch_size, image_size=image_size)
-        self._num_batches = len(steps)
-        self._loader = _whole_batch_loader(steps, num_workers)
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        super().__init__(_SequentialSteps(index, part, batch_size, image_size), num_workers=num_workers)
 
 
-class _TrainingSteps(Dataset[Batch]):
+class _TrainingSteps:
     """Step number -> batch of one rank."""
 
     def __init__(
         self,
-        *,
-        index: ShardIndex,
-        plan: SamplePlan,
-        global_batch: int,
-        rank: int,
-        world_size: int,
-        consumed: int,
-        num_batches: int,
+        index: ShardIndex | JoinedIndex,
+        steps: RankSteps,
         image_size: int,
-        flip_seed: int | None,
+        augmentation: Augmentation,
+        seed: int,
     ) -> None:
-        self.index = index
-        self.plan = plan
-        self.global_batch = global_batch
-        self.rank = rank
-        self.world_size = world_size
-        self.consumed = consumed
-        self.num_batches = num_batches
-        self.image_size = image_size
-        self.flip_seed = flip_seed
+        self.index, self.steps, self.image_size = index, steps, image_size
+        self.augmentation, self.seed = augmentation, seed
 
     def __len__(self) -> int:
-        return self.num_batches
+        return len(self.steps)
 
     def __getitem__(self, step: int) -> Batch:
-        start = self.consumed + step * self.global_batch
-        part = rank_slice(start, self.global_batch, rank=self.rank, world_size=self.world_size)
-        positions = torch.arange(part.start, part.stop)
-        ids = self.plan.sample_ids(positions)
-        flips = None
-        if self.flip_seed is not None:
-            flips = horizontal_flips(self.plan.epochs(positions), ids, seed=self.flip_seed)
-        return read_batch(self.index, ids, image_size=self.image_size, flips=flips)
+        draws = self.steps.draws(step)
+        augmentation = self.augmentation.draw(draws, seed=self.seed)
+        return read_batch(self.index, draws.ids, image_size=self.image_size, augmentation=augmentation)
 
 
-class _SequentialSteps(Dataset[Batch]):
+class _SequentialSteps:
     """Step number -> consecutive samples of a part of the index."""
 
-    def __init__(self, *, index: ShardIndex, part: range, batch_size: int, image_size: int) -> None:
-        self.index = index
-        self.part = part
-        self.batch_size = batch_size
-        self.image_size = image_size
+    def __init__(self, index: ShardIndex, part: range, batch_size: int, image_size: int) -> None:
+        self.index, self.part, self.batch_size, self.image_size = index, part, batch_size, image_size
 
     def __len__(self) -> int:
         return -(-len(self.part) // self.batch_size)
@@ -190,18 +252,25 @@ class _SequentialSteps(Dataset[Batch]):
         return read_batch(self.index, torch.arange(here.start, here.stop), image_size=self.image_size)
 
 
-def _whole_batch_loader(steps: _TrainingSteps | _SequentialSteps, num_workers: int) -> DataLoader[Batch]:
-    """A DataLoader whose items are batches already; it hands them out in the order of the steps."""
-    return DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(len(steps)),
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_start_worker,
-        prefetch_factor=_PREFETCHED_BATCHES if num_workers else None,
-        persistent_workers=num_workers > 0,
-    )
+class _Caught(Dataset[Any]):
+    """The batch of a step, or the error of a user or of storage: raised in a worker, torch would wrap its message."""
+
+    def __init__(self, steps: StepsDataset) -> None:
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, step: int) -> Batch | Exception:
+        try:
+            return self.steps[step]
+        except (OSError, ValueError) as error:
+            return error
+
+
+def _end_of(process: BaseProcess) -> str:
+    code = process.exitcode
+    return f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -23,6 +23,7 @@ __all__ = [
     "all_gather_equal",
     "average_over_ranks",
     "copy_to_shards",
+    "gather_objects",
     "gather_rows",
     "logsumexp_over_shards",
     "max_over_ranks",
@@ -96,6 +97,15 @@ def max_over_ranks(values: list[int], mesh: ShardMesh, device: torch.device | st
     reduced = torch.tensor(values, dtype=torch.int64, device=device)
     dist.all_reduce(reduced, dist.ReduceOp.MAX, group=mesh.group)
     return [int(value) for value in reduced.tolist()]
+
+
+def gather_objects(value: Any, mesh: ShardMesh) -> list[Any]:
+    """Each rank's value, in the order of the ranks, on every rank. Anything that can be pickled; slow."""
+    if mesh.size == 1:
+        return [value]
+    gathered: list[Any] = [None] * mesh.size
+    dist.all_gather_object(gathered, value, group=mesh.group)
+    return gathered
 
 
 def max_over_shards(value: Tensor, mesh: ShardMesh) -> Tensor:

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from partialfc.assembly import Task, build_head
 from partialfc.config import Config, HeadConfig
-from partialfc.data import ShardIndex
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.distributed.partition import ClassPartition
+from partialfc.feeding import TrainingData
 from partialfc.head import PartialFC
 from partialfc.head.offload import OffloadedCenters
 from partialfc.head.tiles import TILE_NUMBERS
@@ -219,6 +219,13 @@ class _Identities:
     directory: Path
 
 
+@dataclass(frozen=True)
+class _Data:
+    """All that building a head asks of training data."""
+
+    index: _Identities
+
+
 def _head(
     config: Config, settings: HeadConfig, num_classes: int, embedding_dim: int, *, path: str, device: str = "meta"
 ) -> PartialFC:
@@ -226,8 +233,8 @@ def _head(
     backbone = config.backbone.model_copy(update={"embedding_dim": embedding_dim})
     config = config.model_copy(update={"backbone": backbone})
     settings = settings.model_copy(update={"num_classes": num_classes})
-    index = cast(ShardIndex, _Identities(num_classes, config.data.directory))
-    task = Task(index, settings, global_batch_size=1, seed=0)
+    data = cast(TrainingData, _Data(_Identities(num_classes, config.data.directory)))
+    task = Task(data, settings, global_batch_size=1, seed=0)
     name = "main" if path == "head" else path.split(".")[1]
     return build_head(name, task, config, ShardMesh.single(), torch.device(device))
 

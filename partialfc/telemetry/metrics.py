@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
+
+from partialfc.telemetry.lines import drop_from_step, read_lines
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -53,7 +54,7 @@ class MetricsLog:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS_FILE
         if resume_step is not None:
-            _drop_from(path, resume_step)
+            drop_from_step(path, resume_step)
         elif path.exists() and path.stat().st_size > 0:
             raise FileExistsError(
                 f"{path} holds the metrics of another run: resume that run (resume_step) or choose another directory"
@@ -112,31 +113,13 @@ def read_metrics(path: Path | str) -> list[dict[str, float]]:
         FileNotFoundError: if there is no such file.
         ValueError: if a line that is not the last one cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    complete_lines = text.split("\n")[:-1]
     rows = []
-    for number, line in enumerate(complete_lines, start=1):
+    for row in read_lines(path):
         try:
-            row = json.loads(line)
             rows.append({name: value if name == "step" else float(value) for name, value in row.items()})
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: not a line of metrics: {line[:80]!r}") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: not a line of metrics: {str(row)[:80]!r}") from error
     return rows
-
-
-def _drop_from(path: Path, step: int) -> None:
-    """Rewrites the file, in one rename, without the lines at or beyond `step`."""
-    if not path.exists():
-        return
-    kept = [row for row in read_metrics(path) if row["step"] < step]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for row in kept:
-            line = {name: _to_json(value) for name, value in row.items()}
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _to_json(number: float) -> float | str:

@@ -357,8 +357,10 @@ def test_data_that_cannot_be_read_stops_the_run(tmp_path: Path, data: Path, caps
     shard.write_bytes(bytes(shard.stat().st_size))
     assert main(["train", str(_config(tmp_path, broken))]) == 2
     error = capsys.readouterr().err
-    assert "samples could not be read on rank 0" in error
-    assert "crc32" in error
+    assert "32 of 32 samples could not be used (32 checksum), which is more than data.max_bad_share=0.01" in error
+    lines = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1] * 16 + [2] * 16
+    assert "shard-000000.tar, sample" in json.loads(lines[0])["message"]
 
 
 def test_single_mesh_needs_no_group() -> None:

@@ -22,7 +22,7 @@ LEVELS = {
     "head": 1,
     **dict.fromkeys(["engine", "checkpoint", "evaluation"], 2),
     "config": 3,
-    **dict.fromkeys(["assembly", "train", "evaluate", "export", "plan", "cli"], 4),
+    **dict.fromkeys(["assembly", "bad_samples", "data_commands", "feeding", "train", "evaluate", "plan", "cli"], 4),
 }
 ENTRY_POINTS = 4  # these may call each other
 MAY_IMPORT_TORCH_DISTRIBUTED = {"distributed", "engine", "checkpoint"}

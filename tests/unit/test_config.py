@@ -149,7 +149,7 @@ def test_overrides_are_yaml_and_apply_in_order(write):
             "head.sample_rate=0.5",
             "head.sample_rate=0.1",
             "run.seed=7",
-            "data.horizontal_flip=false",
+            "data.augmentation.horizontal_flip=0",
             "optimizer.max_gradient_norm=null",
             "optimizer.betas=[0.8, 0.9]",
             "backbone.options.dropout=0.2",
@@ -158,7 +158,7 @@ def test_overrides_are_yaml_and_apply_in_order(write):
     )
     assert config.head.sample_rate == 0.1
     assert config.run.seed == 7
-    assert config.data.horizontal_flip is False
+    assert config.data.augmentation.horizontal_flip == 0
     assert config.optimizer.max_gradient_norm is None
     assert config.optimizer.betas == (0.8, 0.9)
     assert config.backbone.options == {"dropout": 0.2}

@@ -3,8 +3,10 @@
 import io
 import multiprocessing
 import os
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,9 @@ import torch
 from PIL import Image
 
 from partialfc.data import (
+    Augmentation,
+    DataError,
+    RankSteps,
     SamplePlan,
     SequentialLoader,
     ShardIndex,
@@ -21,7 +26,7 @@ from partialfc.data import (
     normalize_images,
     synthesize,
 )
-from partialfc.data.loader import _start_worker
+from partialfc.data.loader import WholeBatchLoader, _start_worker
 from partialfc.data.writer import SplitWriter
 
 
@@ -33,19 +38,17 @@ def index(tmp_path_factory):
 
 
 def loader(index, **options):
-    defaults = {
+    steps = {
         "plan": SamplePlan(index.shard_sizes, seed=4, lanes=4, window=8),
         "global_batch": 8,
         "rank": 0,
         "world_size": 1,
         "consumed": 0,
         "num_batches": 8,
-        "image_size": 16,
-        "horizontal_flip": True,
-        "num_workers": 0,
-        "seed": 11,
     }
-    return TorchLoader(index=index, **(defaults | options))
+    steps |= {name: options.pop(name) for name in steps if name in options}
+    defaults = {"image_size": 16, "augmentation": Augmentation(), "num_workers": 0, "seed": 11}
+    return TorchLoader(index=index, steps=RankSteps(**steps), **(defaults | options))
 
 
 def joined(batches):
@@ -62,6 +65,12 @@ def equal(first, second):
     return all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
+def pictures(stream):
+    """In an order that does not depend on how the stream was cut into batches."""
+    images, labels, ids = stream
+    return sorted(zip(ids.tolist(), labels.tolist(), [image.numpy().tobytes() for image in images], strict=True))
+
+
 @pytest.fixture(scope="module")
 def stream(index):
     return joined(loader(index))
@@ -70,11 +79,13 @@ def stream(index):
 def test_stream_is_the_plan(index, stream):
     images, labels, ids = stream
     plan = SamplePlan(index.shard_sizes, seed=4, lanes=4, window=8)
-    positions = torch.arange(64)
-    assert ids.equal(plan.sample_ids(positions))
+    whole = RankSteps(plan=plan, global_batch=8, rank=0, world_size=1, consumed=0, num_batches=8)
+    draws = plan.draw(torch.cat([whole.positions(step) for step in range(8)]))
+    assert ids.equal(draws.ids)
     assert labels.tolist() == [int(index.labels[sample]) for sample in ids]
-    assert sorted(ids[:45].tolist()) == list(range(45))
-    flips = horizontal_flips(plan.epochs(positions), ids, seed=11)
+    assert len(set(ids[:40].tolist())) == 40
+    assert set(ids[:48].tolist()) == set(range(45))
+    flips = horizontal_flips(draws.visits, ids, seed=11)
     for image, sample, flip in zip(images, ids.tolist(), flips.tolist(), strict=True):
         stored = torch.from_numpy(decode_image(index.read(sample)).copy()).permute(2, 0, 1)
         assert image.equal(stored.flip(2) if flip else stored)
@@ -99,7 +110,8 @@ def test_resume_changes_nothing(index, stream):
     before = joined(loader(index, num_batches=3))
     ranks = [list(loader(index, rank=r, world_size=2, consumed=24, global_batch=20, num_batches=2)) for r in range(2)]
     after = joined(batch for step in zip(*ranks, strict=True) for batch in step)
-    assert equal([torch.cat(pair) for pair in zip(before, after, strict=True)], stream)
+    together = [torch.cat(pair) for pair in zip(before, after, strict=True)]
+    assert pictures(together) == pictures(stream)
 
 
 def test_iterating_again_starts_over(index, stream):
@@ -116,7 +128,7 @@ def test_flips_are_drawn_anew_each_epoch():
 
 
 def test_flip_can_be_turned_off(index):
-    images, _, ids = joined(loader(index, horizontal_flip=False))
+    images, _, ids = joined(loader(index, augmentation=Augmentation(horizontal_flip=0)))
     stored = np.stack([decode_image(index.read(sample)).transpose(2, 0, 1) for sample in ids.tolist()])
     np.testing.assert_array_equal(images.numpy(), stored)
 
@@ -155,7 +167,7 @@ def test_broken_samples_keep_their_slot(tmp_path, num_workers):
         ):
             writer.add(str(number), data, extension="png", label=0)
     index = ShardIndex.open(directory)
-    shard = index.shard_paths[0]
+    shard = Path(index.shard_paths[0])
     data = bytearray(shard.read_bytes())
     data[data.rindex(b"IDAT") + 6] ^= 255  # Damages sample 3 after the index was written.
     shard.write_bytes(data)
@@ -164,13 +176,14 @@ def test_broken_samples_keep_their_slot(tmp_path, num_workers):
     assert batch.ids.tolist() == [0, 1, 2, 3]
     assert [int(image.max()) for image in batch.images] == [9, 0, 0, 0]
     assert len(batch.failures) == 3
-    for sample, reason, failure in zip((1, 2, 3), ("not a readable image", "", "crc32"), batch.failures, strict=True):
-        assert failure.startswith(f"{shard}, sample {sample} at byte ")
-        assert reason in failure
+    assert [failure.reason for failure in batch.failures] == ["not an image", "damaged image", "checksum"]
+    for sample, failure in zip((1, 2, 3), batch.failures, strict=True):
+        assert failure.sample_id == sample
+        assert failure.message.startswith(f"{shard}, sample {sample} (key {sample}) at byte ")
 
 
 def test_images_of_another_size_are_resized(index):
-    batch = next(iter(loader(index, image_size=24, horizontal_flip=False)))
+    batch = next(iter(loader(index, image_size=24, augmentation=Augmentation(horizontal_flip=0))))
     assert batch.images.shape == (8, 3, 24, 24)
     stored = Image.fromarray(decode_image(index.read(int(batch.ids[0]))))
     expected = np.asarray(stored.resize((24, 24), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
@@ -184,11 +197,12 @@ def test_jpeg_pixels_equal_those_of_pillow(index):
 
 
 def test_workers_outlive_the_warning_of_a_scheduler(index, stream):
+    before = children()
     batches = iter(loader(index, num_workers=1, num_batches=40))
     next(batches)
-    (worker,) = batches._workers
+    (worker,) = children() - before
     for warning in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
-        os.kill(worker.pid, warning)
+        os.kill(worker, warning)
     rest = list(batches)
     assert len(rest) == 39
     assert rest[6].ids.equal(stream[2][56:64])
@@ -215,6 +229,49 @@ def wait_as_worker(ready):
         time.sleep(0.1)
 
 
+def test_a_dead_worker_is_named(index):
+    before = children()
+    batches = iter(loader(index, num_workers=2, num_batches=400))
+    next(batches)
+    os.kill(min(children() - before), signal.SIGKILL)
+    with pytest.raises(DataError, match=r"died before batch \d+ \(pid \d+, killed by SIGKILL\). It may"):
+        list(batches)
+
+
+class StuckSteps:
+    """A read that never comes back, as from a server that is gone."""
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, step):
+        if step == 2:
+            time.sleep(3600)
+        return step
+
+
+def test_a_hanging_worker_is_given_up():
+    batches = iter(WholeBatchLoader(StuckSteps(), num_workers=1, timeout_seconds=1.0))
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(DataError, match=r"no batch came from 1 data workers within 1 seconds, waiting for batch 2"):
+        next(batches)
+
+
+def test_a_shard_that_vanishes_stops_the_run_with_its_name(index, tmp_path):
+    copy = tmp_path / "train"
+    shutil.copytree(index.directory, copy)
+    opened = ShardIndex.open(copy)
+    (copy / "shard-000000.tar").unlink()
+    for num_workers in (0, 1):
+        with pytest.raises(DataError, match=r"shard-000000.tar: the data shard cannot be opened: No such file"):
+            list(loader(opened, num_workers=num_workers))
+
+
+def children():
+    """Processes that this one started, among them some that pytest or other tests have."""
+    return {int(child) for child in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()}
+
+
 def test_normalized_images_lie_in_minus_one_to_one():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8)
     assert normalize_images(images).tolist() == pytest.approx([-1.0, -0.6, 1.0])
@@ -223,8 +280,8 @@ def test_normalized_images_lie_in_minus_one_to_one():
 
 
 def test_impossible_arguments_are_refused(index):
-    with pytest.raises(ValueError, match=r"the plan orders 3 samples, but .*train has 45"):
-        loader(index, plan=SamplePlan([3], seed=0))
+    with pytest.raises(ValueError, match=r"num_workers=-1 must not be negative"):
+        loader(index, num_workers=-1)
     with pytest.raises(ValueError, match="global_batch=0"):
         loader(index, global_batch=0)
     with pytest.raises(ValueError, match="consumed=-8"):

@@ -1,12 +1,18 @@
 """Packing image folders: labels, odd files, broken files."""
 
 import io
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 
 from partialfc.data import ShardIndex, decode_image, pack
+from partialfc.data.errors import DataError
+from partialfc.data.parallel import run_tasks
+from partialfc.data.writer import ShardWriter, relabel_shard
 
 
 def pixels(seed, height=20, width=20, channels=3):
@@ -44,7 +50,7 @@ def test_labels_are_the_sorted_names_and_jpegs_stay_as_they_are(source, tmp_path
     assert (report.verification_identities, report.skipped, report.empty_identities) == (0, (), ())
     assert index.shard_sizes == [4, 4, 4, 4, 3]
     assert not (tmp_path / "out" / "verification").exists()
-    assert calls == [(19, 19)]
+    assert calls == [(4, 19), (8, 19), (12, 19), (16, 19), (19, 19)]
 
 
 def test_a_share_of_identities_is_set_aside(source, tmp_path):
@@ -77,14 +83,20 @@ def test_broken_files_are_listed_and_labels_stay_contiguous(source, tmp_path):
     (source / "person 35").mkdir()
     (source / ".cache").mkdir()
     report, index = packed(source, tmp_path)
-    assert {str(file.path.relative_to(source)) for file in report.skipped} == {*broken, ".cache"}
+    assert {os.path.relpath(file.path, source) for file in report.skipped} == {*broken, ".cache"}
     assert report.empty_identities == ("person 2", "person 35")
     assert index.label_names == [f"person {number}" for number in (0, 1, 3, 4, 5, 6, 7, 8, 9)]
     assert (report.train_identities, report.train_images) == (9, index.num_samples) == (9, 15)
-    reasons = {file.path.name: file.reason for file in report.skipped}
-    assert reasons["note.txt"] == "not a jpeg, png, bmp or webp file: '.txt'"
-    assert reasons["stray.jpg"] == "not an identity folder"
-    assert "not a readable image (100 bytes)" in reasons["2.jpg"]
+    messages = {os.path.basename(file.path): file.message for file in report.skipped}
+    assert messages["note.txt"] == "not an image file: '.txt'"
+    assert messages["stray.jpg"] == "not an identity folder"
+    assert "not a readable image (100 bytes)" in messages["2.jpg"]
+    assert report.skipped_by_reason == {
+        "not an image": 3,
+        "damaged image": 1,
+        "not an identity folder": 2,
+        "other file": 1,
+    }
     assert f"{source}/person 2/1.jpg: not a readable image" in str(report)
     assert "left out: 2" in str(report)
 
@@ -144,7 +156,7 @@ def test_names_may_lie_about_the_format(tmp_path):
     save(path, Image.fromarray(pixels(0)), format="PNG")
     _, index = packed(tmp_path / "in", tmp_path)
     np.testing.assert_array_equal(decode_image(index.read(0)), pixels(0))
-    assert b"a/0.png" in index.shard_paths[0].read_bytes()
+    assert b"a/0.png" in Path(index.shard_paths[0]).read_bytes()
 
 
 def test_images_are_resized_when_asked(tmp_path):
@@ -166,14 +178,14 @@ def test_duplicate_keys_are_an_error(source, tmp_path):
 
 def test_impossible_sources_are_refused(source, tmp_path):
     out, options = tmp_path / "out", {"verification_share": 0.1, "seed": 0}
-    with pytest.raises(FileNotFoundError, match="nothing: no such folder"):
+    with pytest.raises(FileNotFoundError, match="nothing: no such file or folder; expected a folder with"):
         pack(tmp_path / "nothing", out, **options)
-    with pytest.raises(NotADirectoryError, match=r"0.jpg: not a folder"):
+    with pytest.raises(ValueError, match=r"a file that ends with '.jpg' cannot be imported"):
         pack(source / "person 0" / "0.jpg", out, **options)
     with pytest.raises(ValueError, match="no identity folder in it"):
         pack(source / "person 0", out, **options)
     (tmp_path / "hollow" / "a").mkdir(parents=True)
-    with pytest.raises(ValueError, match="no usable image for training in 1 identity folders"):
+    with pytest.raises(ValueError, match="no usable image for training of 1 identities, 0 files skipped"):
         pack(tmp_path / "hollow", out, **options)
     with pytest.raises(ValueError, match="lies in the source"):
         pack(source, source / "out", **options)
@@ -185,3 +197,178 @@ def test_impossible_sources_are_refused(source, tmp_path):
     with pytest.raises(FileExistsError, match="out: already there and not an empty folder"):
         pack(source, out, **options)
     assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_other_formats_are_encoded_anew(tmp_path):
+    images = [Image.fromarray(pixels(seed)) for seed in range(3)]
+    save(tmp_path / "in" / "a" / "0.gif", images[0], save_all=True, append_images=images[1:])
+    save(tmp_path / "in" / "a" / "1.tiff", images[1])
+    save(tmp_path / "in" / "a" / "2.png", images[2], save_all=True, append_images=images[:2])
+    _, index = packed(tmp_path / "in", tmp_path)
+    expected = [images[0].quantize().convert("RGB"), images[1], images[2]]
+    for number in range(3):
+        data = index.read(number)
+        with Image.open(io.BytesIO(data)) as stored:
+            assert (stored.format, getattr(stored, "n_frames", 1)) == ("PNG", 1)
+        if number:
+            np.testing.assert_array_equal(decode_image(data), np.asarray(expected[number]))
+    with Image.open(tmp_path / "in" / "a" / "0.gif") as animation:
+        np.testing.assert_array_equal(decode_image(index.read(0)), np.asarray(animation.convert("RGB")))
+
+
+def test_bombs_and_unwanted_formats_are_skipped(source, tmp_path):
+    Image.new("1", (10_000, 6_000)).save(source / "person 1" / "bomb.png")
+    Image.new("RGB", (8, 8)).save(source / "person 1" / "odd.jpg", format="PPM")
+    break_image(source / "person 1" / "cut.jpg")
+    report, _ = packed(source, tmp_path)
+    assert {os.path.basename(file.path): file.reason for file in report.skipped} == {
+        "bomb.png": "too large",
+        "odd.jpg": "not an image",
+        "cut.jpg": "damaged image",
+    }
+    assert "PPM files are not taken" in str(report)
+    assert "skipped: 3 (" in str(report)
+
+
+def files(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+OPTIONS = {"verification_share": 0.3, "seed": 0, "samples_per_shard": 3}
+
+
+class InterruptionError(Exception):
+    pass
+
+
+def break_image(path):
+    data = save(path, Image.fromarray(pixels(0, height=200, width=200)), quality=95).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def interrupt_after(count):
+    calls = []
+
+    def on_progress(done, total):
+        calls.append(done)
+        if len(calls) == count:
+            raise InterruptionError
+
+    return on_progress
+
+
+def test_workers_change_nothing(source, tmp_path):
+    break_image(source / "person 2" / "0.jpg")
+    reports = [pack(source, tmp_path / f"out{workers}", **OPTIONS, num_workers=workers) for workers in (0, 2)]
+    assert reports[0] == reports[1]
+    assert files(tmp_path / "out0") == files(tmp_path / "out2")
+    assert ShardIndex.open(tmp_path / "out2" / "train").shard_sizes[0] in (2, 3)
+
+
+def test_goes_on_after_an_interruption(source, tmp_path, caplog):
+    break_image(source / "person 2" / "0.jpg")
+    whole = pack(source, tmp_path / "whole", **OPTIONS)
+    for count in (1, 2):
+        with pytest.raises(InterruptionError):
+            pack(source, tmp_path / "out", **OPTIONS, on_progress=interrupt_after(count))
+    staging = tmp_path / ".out.partial"
+    assert caplog.messages[-1] == (
+        f"3 of 7 data shards are finished and kept in {staging}; the same command goes on after them"
+    )
+    kept = {path: path.stat().st_mtime_ns for path in staging.glob("*/*.tar")}
+    assert len(kept) == 3
+    # A data shard that was written in part, and one that lost bytes since.
+    (staging / "parts" / "train-000004.tar").write_bytes(b"half")
+    os.truncate(min(kept), 512)
+    calls = []
+    report = pack(source, tmp_path / "out", **OPTIONS, num_workers=2, on_progress=lambda *call: calls.append(call))
+    assert calls[0][0] > 3
+    assert calls[-1] == (19, 19)
+    assert report == whole
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert not staging.exists()
+
+
+def test_another_job_is_not_gone_on_with(source, tmp_path):
+    with pytest.raises(InterruptionError):
+        pack(source, tmp_path / "out", **OPTIONS, on_progress=interrupt_after(1))
+    with pytest.raises(ValueError, match=r"\.out\.partial: holds what .* of another job: seed was 0 and now is 1"):
+        pack(source, tmp_path / "out", **OPTIONS | {"seed": 1})
+    save(source / "person 3" / "new.jpg", Image.fromarray(pixels(9)))
+    with pytest.raises(ValueError, match="another job: content of the source was"):
+        pack(source, tmp_path / "out", **OPTIONS)
+    (source / "person 3" / "new.jpg").unlink()
+    assert pack(source, tmp_path / "out", **OPTIONS).train_images > 0
+
+
+def test_two_at_once_are_refused(source, tmp_path):
+    errors = []
+
+    def pack_again(done, total):
+        with pytest.raises(BlockingIOError, match=r"another process is at work on .*out") as caught:
+            pack(source, tmp_path / "out", **OPTIONS)
+        errors.append(caught.value)
+
+    pack(source, tmp_path / "out", **OPTIONS, on_progress=pack_again)
+    assert len(errors) == 7
+
+
+def test_labels_close_gaps_in_the_data_shards_too(tmp_path):
+    names = [f"{'long ' * 30}é {number:02d}" for number in range(12)]
+    for number, name in enumerate(names):
+        save(tmp_path / "in" / name / "0.png", Image.fromarray(pixels(number)))
+    for number in (0, 5):
+        (tmp_path / "in" / names[number] / "0.png").write_bytes(b"broken")
+    report, index = packed(tmp_path / "in", tmp_path, samples_per_shard=4)
+    assert report.train_identities == 10
+    texts = [
+        sample["cls"]
+        for path in index.shard_paths
+        for sample in webdataset.WebDataset(path, shardshuffle=False, empty_check=False)
+    ]
+    assert texts == [str(number).encode() for number in range(10)]
+    assert index.labels.tolist() == list(range(10))
+
+
+def test_data_shards_without_a_sample_are_not_there(tmp_path):
+    for number in range(6):
+        save(tmp_path / "in" / f"{number}" / "0.png", Image.fromarray(pixels(number)))
+    for number in (2, 3):
+        (tmp_path / "in" / f"{number}" / "0.png").write_bytes(b"broken")
+    _, index = packed(tmp_path / "in", tmp_path, samples_per_shard=2)
+    assert index.shard_sizes == [2, 2]
+    assert index.labels.tolist() == [0, 1, 2, 3]
+    assert [Path(path).name for path in index.shard_paths] == ["shard-000000.tar", "shard-000002.tar"]
+    assert sorted(path.name for path in (tmp_path / "out" / "train").glob("*.tar")) == [
+        "shard-000000.tar",
+        "shard-000002.tar",
+    ]
+
+
+def test_dry_run_counts_and_writes_nothing(source, tmp_path):
+    (source / "person 2" / "0.jpg").write_bytes(b"broken")
+    (source / "person 35").mkdir()
+    report = pack(source, tmp_path / "out", **OPTIONS, dry_run=True)
+    assert (report.train_identities + report.verification_identities, report.dry_run) == (10, True)
+    assert report.train_images + report.verification_images == 19
+    assert report.image_bytes == sum(path.stat().st_size for path in source.rglob("*.jpg"))
+    assert report.empty_identities == ("person 35",)
+    assert "dry run: no image was decoded, nothing was written" in str(report)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_dead_worker_is_an_error():
+    with pytest.raises(DataError, match="a worker process died"):
+        list(run_tasks(os._exit, [3, 3], num_workers=1))
+
+
+def test_relabelled_shard_is_as_if_written_so(tmp_path):
+    keys = ["a/0", "b" * 150 + "/é", "c" * 300 + "/1"]
+    for name, labels in (("before.tar", [99, 100, 12345]), ("after.tar", [9, 99, 0])):
+        writer = ShardWriter(tmp_path / name)
+        for number, (key, label) in enumerate(zip(keys, labels, strict=True)):
+            writer.add(key, bytes(500 + 12 * number), extension="jpg", label=label)
+        records, _ = writer.close()
+    for _ in range(2):
+        relabel_shard(tmp_path / "before.tar", records, np.array([9, 99, 0]))
+        assert (tmp_path / "before.tar").read_bytes() == (tmp_path / "after.tar").read_bytes()

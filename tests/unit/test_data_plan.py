@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partialfc.data import SamplePlan, rank_slice
+from partialfc.data import RankSteps, SamplePlan, rank_slice
 
 shard_lists = st.lists(st.integers(0, 40), min_size=1, max_size=9).filter(lambda sizes: sum(sizes) > 0)
 
@@ -33,9 +33,17 @@ def test_ranks_and_batch_size_may_change_in_mid_epoch(sizes, phases, lanes, wind
     while consumed < epochs * total:
         world_size, global_batch = phases[step // 2 % len(phases)]
         plan = SamplePlan(sizes, seed=5, lanes=lanes, window=window)
-        slices = [rank_slice(consumed, global_batch, rank=rank, world_size=world_size) for rank in range(world_size)]
-        positions = torch.cat([torch.arange(part.start, part.stop) for part in slices])
-        seen += zip(plan.epochs(positions).tolist(), plan.sample_ids(positions).tolist(), strict=True)
+        for rank in range(world_size):
+            steps = RankSteps(
+                plan=plan,
+                global_batch=global_batch,
+                rank=rank,
+                world_size=world_size,
+                consumed=consumed,
+                num_batches=1,
+            )
+            draws = steps.draws(0)
+            seen += zip(draws.visits.tolist(), draws.ids.tolist(), strict=True)
         consumed += global_batch
         step += 1
     complete = [pair for pair in seen if pair[0] < epochs]
@@ -81,6 +89,64 @@ def test_reads_of_a_lane_stay_within_a_window():
         assert int(window.max() - window.min()) < 50
 
 
+@given(shard_lists, st.integers(1, 9), st.integers(1, 60), st.integers(0, 200), st.integers(1, 70))
+@settings(max_examples=40, deadline=None)
+def test_a_batch_is_the_same_sequence_for_any_number_of_ranks(sizes, lanes, window, consumed, global_batch):
+    plan = SamplePlan(sizes, seed=2, lanes=lanes, window=window)
+
+    def batch(world_size):
+        steps = [
+            RankSteps(
+                plan=plan, global_batch=global_batch, rank=r, world_size=world_size, consumed=consumed, num_batches=2
+            )
+            for r in range(world_size)
+        ]
+        return [step.positions(1) for step in steps]
+
+    (alone,) = batch(1)
+    assert sorted(alone.tolist()) == list(range(consumed + global_batch, consumed + 2 * global_batch))
+    own_lanes = alone % plan.num_samples % plan.lanes
+    assert own_lanes.tolist() == sorted(own_lanes.tolist())
+    for world_size in (2, 3, 8):
+        slices = batch(world_size)
+        assert torch.cat(slices).equal(alone)
+        assert max(map(len, slices)) - min(map(len, slices)) <= 1
+
+
+@given(shard_lists, st.integers(1, 9), st.integers(1, 60), st.integers(0, 2))
+@settings(max_examples=40, deadline=None)
+def test_windows_hold_what_the_plan_draws_there(sizes, lanes, window, epoch):
+    plan = SamplePlan(sizes, seed=2, lanes=lanes, window=window)
+    total = plan.num_samples
+    ids = plan.sample_ids(torch.arange(epoch * total, (epoch + 1) * total))
+    for lane in range(plan.lanes):
+        of_lane = ids[lane :: plan.lanes]
+        assert plan.windows_of_lane(lane) == -(-len(of_lane) // window)
+        for number in range(plan.windows_of_lane(lane)):
+            ranges = plan.window_ids(epoch, number, lane)
+            assert all(ranges)
+            inside = [sample for part in ranges for sample in part]
+            assert sorted(inside) == sorted(of_lane[number * window : (number + 1) * window].tolist())
+
+
+def test_many_shards_change_places_in_runs():
+    plan = SamplePlan([3] * 2000 + [0] * 50, seed=1, lanes=1, window=1)
+    ids = plan.sample_ids(torch.arange(6000))
+    assert sorted(ids.tolist()) == list(range(6000))
+    breaks = int((ids.diff() != 1).sum())
+    assert 300 < breaks < 512
+
+
+def test_an_epoch_of_100_million_samples_takes_no_more_memory_than_its_shards():
+    plan = SamplePlan([10_000] * 10_000, seed=0)
+    positions = torch.tensor([0, 99_999_999, 100_000_000, 12_345_678_901])
+    first, second = plan.draw(positions), SamplePlan([10_000] * 10_000, seed=0).draw(positions)
+    assert first.ids.tolist() == second.ids.tolist()
+    assert first.visits.tolist() == [0, 0, 1, 123]
+    kept = [value for value in vars(plan).values() if isinstance(value, torch.Tensor)]
+    assert sum(tensor.numel() for tensor in kept) < 2000
+
+
 def test_identity_sorted_samples_are_mixed():
     plan = SamplePlan([10_000] * 20, seed=0)
     identities = plan.sample_ids(torch.arange(4096)) // 20
@@ -115,5 +181,9 @@ def test_impossible_positions_are_refused():
         SamplePlan([3], seed=0).sample_ids(torch.tensor([1, -2]))
     with pytest.raises(ValueError, match=r"rank is 2, but must be in \[0, 2\)"):
         rank_slice(0, 8, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="global_batch=0 must be at least 1"):
+        RankSteps(plan=SamplePlan([3], seed=0), global_batch=0, rank=0, world_size=1, consumed=0, num_batches=1)
+    with pytest.raises(ValueError, match=r"rank is 1, but must be in \[0, 1\)"):
+        RankSteps(plan=SamplePlan([3], seed=0), global_batch=1, rank=1, world_size=1, consumed=0, num_batches=1)
     with pytest.raises(ValueError, match="consumed=-1"):
         rank_slice(-1, 8, rank=0, world_size=2)

@@ -10,10 +10,18 @@ import zlib
 import numpy as np
 import pytest
 import webdataset
-from PIL import Image
 
-from partialfc.data import ShardIndex, decode_image, inspect, synthesize
-from partialfc.data.index import INDEX, LABEL_NAMES, MANIFEST, compute_fingerprint
+from partialfc.data import SampleError, ShardIndex, decode_image, synthesize
+from partialfc.data.split_format import (
+    BY_LABEL,
+    INDEX,
+    LABEL_NAMES,
+    LABEL_STARTS,
+    MANIFEST,
+    compute_fingerprint,
+    record_type,
+    write_split_files,
+)
 from partialfc.data.writer import SplitWriter, staged_directory
 
 
@@ -45,14 +53,97 @@ def test_index_describes_what_was_written(split):
     assert index.labels.tolist() == [0, 1, 0, 1, 0]
     assert index.labels.dtype == np.int64
     assert index.shard_sizes == [2, 2, 1]
-    assert index.shard_bytes == [path.stat().st_size for path in index.shard_paths]
+    assert index.shard_bytes == [os.path.getsize(path) for path in index.shard_paths]
     assert [index.read(number) for number in range(5)] == [bytes([number]) * (500 + 7 * number) for number in range(5)]
     assert index.image_bytes == sum(500 + 7 * number for number in range(5))
+    assert index.by_label.tolist() == [0, 2, 4, 1, 3]
+    assert index.by_label.dtype == np.uint32
+    assert index.label_starts.tolist() == [0, 3, 5]
+    assert (index.weights, index.quality) == (None, None)
+    assert index.labels_in_shards is True
+
+
+def test_weights_and_quality_are_optional_columns(split):
+    records = np.load(split / INDEX)
+    wider = np.zeros(5, dtype=record_type(weight=True, quality=True))
+    for name in records.dtype.names:
+        wider[name] = records[name]
+    wider["weight"], wider["quality"] = [1, 2, 3, 4, 0.5], [0.1] * 5
+    manifest = json.loads((split / MANIFEST).read_text())
+    write_split_files(split, wider, label_names=["ada", "grace"], shards=manifest["shards"])
+    index = ShardIndex.open(split)
+    assert index.weights.tolist() == [1, 2, 3, 4, 0.5]
+    assert index.quality.dtype == np.float32
+    assert index.read(3)[0] == 3
+    wider["weight"][2] = np.nan
+    with pytest.raises(ValueError, match="weight of sample 2 is nan, but must be finite"):
+        write_split_files(split, wider, label_names=["ada", "grace"], shards=manifest["shards"])
+
+
+def test_many_are_read_at_once_with_errors_in_their_place(split):
+    index = ShardIndex.open(split)
+    shard = split / "shard-000001.tar"
+    data = bytearray(shard.read_bytes())
+    data[data.index(bytes([2]) * 514)] ^= 1
+    shard.write_bytes(data)
+    found = index.read_many(np.array([4, 2, 0, 2]))
+    assert [bytes([4]) * 528, bytes(500)] == [found[0], found[2]]
+    assert all(isinstance(error, SampleError) and error.reason == "checksum" for error in (found[1], found[3]))
+
+
+def test_the_fingerprint_is_that_of_the_content(split, tmp_path):
+    manifest = json.loads((split / MANIFEST).read_text())
+    shards = [shard | {"name": str(split / shard["name"])} for shard in manifest["shards"]]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    write_split_files(elsewhere, np.load(split / INDEX), label_names=["ada", "grace"], shards=shards)
+    index = ShardIndex.open(elsewhere)
+    assert index.fingerprint == ShardIndex.open(split).fingerprint
+    assert index.read(2) == bytes([2]) * 514
+    write_split_files(elsewhere, np.load(split / INDEX), label_names=["ada", "alan"], shards=shards)
+    assert ShardIndex.open(elsewhere).fingerprint != index.fingerprint
+
+
+def test_keys_come_from_the_headers_of_the_tar(split):
+    index = ShardIndex.open(split)
+    assert [index.key(number) for number in range(5)] == [f"id.{number % 2}/é-{number}" for number in range(5)]
+    assert (
+        index.describe(3)
+        == f"{index.shard_paths[1]}, sample 3 (key id.1/é-3) at byte {index.locate(np.array([3]))[1][0]}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "length"),
+    [
+        (tarfile.USTAR_FORMAT, 20),
+        (tarfile.GNU_FORMAT, 20),
+        (tarfile.GNU_FORMAT, 99),
+        (tarfile.GNU_FORMAT, 400),
+        (tarfile.PAX_FORMAT, 99),
+        (tarfile.PAX_FORMAT, 400),
+    ],
+)
+def test_keys_in_every_kind_of_tar(tmp_path, kind, length):
+    name, image = "n" * length, b"image"
+    with tarfile.open(tmp_path / "a.tar", "w", format=kind) as tar:
+        for number in range(2):
+            info = tarfile.TarInfo(f"{number}{name[1:]}.jpg")
+            info.size = len(image)
+            tar.addfile(info, io.BytesIO(image))
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        offsets = [member.offset_data for member in tar]
+    records = np.zeros(2, dtype=record_type())
+    records["offset"], records["size"], records["crc32"] = offsets, len(image), zlib.crc32(image)
+    shard = {"name": "a.tar", "bytes": os.path.getsize(tmp_path / "a.tar"), "num_samples": 2}
+    write_split_files(tmp_path, records, label_names=["a"], shards=[shard])
+    index = ShardIndex.open(tmp_path)
+    assert [index.key(number) for number in range(2)] == [f"{number}{name[1:]}" for number in range(2)]
 
 
 def test_webdataset_reads_the_shards(split):
     index = ShardIndex.open(split)
-    samples = list(webdataset.WebDataset([str(path) for path in index.shard_paths], shardshuffle=False))
+    samples = list(webdataset.WebDataset(index.shard_paths, shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == [f"id.{number % 2}/é-{number}" for number in range(5)]
     assert [sample["png"] for sample in samples] == [index.read(number) for number in range(5)]
     assert [int(sample["cls"]) for sample in samples] == index.labels.tolist()
@@ -73,7 +164,7 @@ def test_writing_twice_gives_the_same_bytes(tmp_path):
             tmp_path / name, identities=3, images_per_identity=2, seed=1, image_size=16, verification_identities=1
         )
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
-    assert len(files) == 8
+    assert len(files) == 12
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
     with tarfile.open(tmp_path / "a" / "train" / "shard-000000.tar") as tar:
         assert {member.mtime for member in tar} == {0}
@@ -86,7 +177,7 @@ def test_index_travels_to_other_processes(split):
 
 
 def test_more_shards_than_open_files(split, monkeypatch):
-    monkeypatch.setattr("partialfc.data.index._MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("partialfc.data.storage._MAX_OPEN_SHARDS", 1)
     index = ShardIndex.open(split)
     before = len(os.listdir("/proc/self/fd"))
     assert [index.read(number)[0] for number in (0, 4, 1, 2, 3)] == [0, 4, 1, 2, 3]
@@ -124,7 +215,7 @@ def test_bit_rot_is_found_at_read(split):
     data[data.index(bytes([1]) * 507) + 100] ^= 1
     shard.write_bytes(data)
     assert index.read(0) == bytes(500)
-    with pytest.raises(ValueError, match=r"shard-000000.tar, sample 1 at byte \d+: .* crc32"):
+    with pytest.raises(ValueError, match=r"shard-000000.tar, sample 1 \(key id.1/é-1\) at byte \d+: .* crc32"):
         index.read(1)
 
 
@@ -132,11 +223,13 @@ def test_shard_cut_after_open_is_found_at_read(split):
     index = ShardIndex.open(split)
     with open(split / "shard-000002.tar", "r+b") as file:
         file.truncate(1536 + 100)
-    with pytest.raises(ValueError, match=r"shard-000002.tar, sample 4 at byte \d+: 528 bytes expected, .* holds \d+"):
+    with pytest.raises(
+        ValueError, match=r"shard-000002.tar, sample 4 \(key id.0/é-4\) at byte \d+: 528 bytes expected, .* holds \d+"
+    ):
         index.read(4)
 
 
-@pytest.mark.parametrize("name", [INDEX, LABEL_NAMES, MANIFEST])
+@pytest.mark.parametrize("name", [INDEX, BY_LABEL, LABEL_STARTS, LABEL_NAMES, MANIFEST])
 def test_missing_index_file_is_named(split, name):
     (split / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"train: {name} is missing"):
@@ -152,14 +245,12 @@ def test_changed_index_is_found(split):
 
 
 def test_label_gap_is_refused(split):
-    records = np.load(split / INDEX)
-    records["label"] *= 2
-    np.save(split / INDEX, records)
+    np.save(split / LABEL_STARTS, np.array([0, 3, 3, 5]))
     rewrite(split, num_classes=3)
     with pytest.raises(ValueError, match=r"1 of 3 labels have no sample, first 1; labels must cover \[0, 3\)"):
         ShardIndex.open(split)
     rewrite(split, num_classes=2)
-    with pytest.raises(ValueError, match=r"label 2 is outside \[0, 2\)"):
+    with pytest.raises(ValueError, match=r"label_starts.npy: 5 samples of 3 labels, but manifest.json says 5 of 2"):
         ShardIndex.open(split)
 
 
@@ -170,6 +261,9 @@ def test_labels_must_fit_the_names(tmp_path):
     writer.add("1", b"x", extension="jpg", label=2)
     with pytest.raises(ValueError, match="1 of 3 labels have no sample, first 1"):
         writer.__exit__(None, None, None)
+    writer.label_names = ["a", "b"]
+    with pytest.raises(ValueError, match=r"label 2 is outside \[0, 2\)"):
+        writer.__exit__(None, None, None)
 
 
 def test_other_formats_and_folders_are_refused(split, tmp_path):
@@ -177,8 +271,8 @@ def test_other_formats_and_folders_are_refused(split, tmp_path):
         ShardIndex.open(split.parent)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         ShardIndex.open(tmp_path / "nothing")
-    rewrite(split, version=2)
-    with pytest.raises(ValueError, match=r"format \('partialfc-split', 2\), but this version reads"):
+    rewrite(split, version=1)
+    with pytest.raises(ValueError, match=r"format \('partialfc-split', 1\), but this version reads .* data index '"):
         ShardIndex.open(split)
     (split / MANIFEST).write_text("{")
     with pytest.raises(ValueError, match="not a manifest of a split"):
@@ -242,36 +336,6 @@ def test_synthesize_refuses_impossible_numbers(tmp_path):
     with pytest.raises(ValueError, match="identities=0"):
         synthesize(tmp_path / "set", identities=0, images_per_identity=1, seed=0, image_size=16)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_inspect_counts(tmp_path):
-    directory = tmp_path / "set" / "train"
-    directory.mkdir(parents=True)
-    buffer = io.BytesIO()
-    Image.new("RGB", (20, 30)).save(buffer, "PNG")
-    with SplitWriter(directory, samples_per_shard=4) as writer:
-        writer.label_names = ["a", "b", "c"]
-        for number, label in enumerate([0, 1, 1, 2, 2, 2, 2, 2, 2]):
-            writer.add(str(number), buffer.getvalue(), extension="png", label=label)
-    report = inspect(tmp_path / "set")
-    (split,) = report.splits
-    assert (split.name, split.num_samples, split.num_classes, split.num_shards) == ("train", 9, 3, 3)
-    assert split.image_sizes == {(20, 30): 9}
-    assert split.images_per_identity == (1, 2.0, 6)
-    assert split.histogram == ((1, 1, 1), (2, 2, 1), (3, 3, 0), (4, 4, 0), (5, 5, 0), (6, 6, 1))
-    assert split.image_bytes == 9 * len(buffer.getvalue())
-    assert inspect(directory).splits == (split,)
-    text = str(report)
-    assert "9 of 3 identities" in text
-    assert "1 to 6 images, median 2" in text
-    assert split.fingerprint in text
-    with pytest.raises(FileNotFoundError, match="neither a data set nor a split"):
-        inspect(tmp_path)
-
-
-def test_inspect_names_what_is_no_image(split):
-    with pytest.raises(ValueError, match=r"shard-000000.tar, sample 0 at byte \d+: not an image"):
-        inspect(split)
 
 
 def test_checksum_is_that_of_the_image(split):

@@ -68,7 +68,7 @@ def test_a_new_run_does_not_mix_with_another(tmp_path):
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "loss": 1.0}\n{"step": 1, "lo\n{"step": 2, "loss": 1.0}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a line of metrics: '\{\"step\": 1, \"lo'"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a line of a run: '\{\"step\": 1, \"lo'"):
         MetricsLog(tmp_path, tensorboard=False, resume_step=1)
     assert len(path.read_text().splitlines()) == 3
 

@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from bench_data_contestants import CONTESTANTS, Case, run_contestant
@@ -57,11 +58,11 @@ def _loader_rows(directory: Path, options: argparse.Namespace) -> list[dict[str,
     case = Case(directory / "set" / "train", options.image_size, options.batch, options.workers)
     names = [name for name in CONTESTANTS if not options.only or name in options.only]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    with _fresh_processes() as pool:
         for repetition in range(options.repetitions):
             for name in names:
                 print(f"repetition {repetition + 1} of {options.repetitions}: {name}", file=sys.stderr)
-                found[name].append(pool.apply(run_contestant, (name, case)))
+                found[name].append(pool.submit(run_contestant, name, case).result())
     cpu = {name: statistics.median(1e6 * seconds for seconds, _ in runs) for name, runs in found.items()}
     base = cpu[names[0]]
     return [
@@ -101,8 +102,13 @@ def _index_rows(directory: Path, samples: int) -> list[dict[str, float | str]]:
     from bench_data_storage import make_large_index, measure_index
 
     split = make_large_index(directory / "train", samples=samples, classes=max(1, samples // 10))
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return [{"what": name, "value": value} for name, value in pool.apply(measure_index, (split,)).items()]
+    with _fresh_processes() as pool:
+        return [{"what": name, "value": value} for name, value in pool.submit(measure_index, split).result().items()]
+
+
+def _fresh_processes() -> ProcessPoolExecutor:
+    """A new process for each task."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ class Case:
 def run_contestant(name: str, case: Case) -> tuple[float, float]:
     """(CPU seconds per image, images per second) over one epoch, after some batches to warm up."""
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # As in a program that was not started by another.
     batches = CONTESTANTS[name](case)
     for _ in range(_WARM_UP_BATCHES):
         next(batches)

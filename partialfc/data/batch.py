@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from partialfc.data.index import ShardIndex
     from partialfc.data.joined import JoinedIndex
 
-__all__ = ["MASKED_LABEL", "BadSample", "Batch", "bad_sample", "decode_sample", "normalize_images", "read_batch"]
+__all__ = [
+    "MASKED_LABEL",
+    "BadSample",
+    "Batch",
+    "bad_sample",
+    "decode_sample",
+    "new_images",
+    "normalize_images",
+    "read_batch",
+]
 
 MASKED_LABEL = -1
 """Label of a sample that could not be read: it keeps its slot, and counts nowhere."""
@@ -82,7 +91,8 @@ def read_batch(
     Raises:
         DataError: if a data shard cannot be used.
     """
-    images = np.zeros((len(ids), 3, image_size, image_size), dtype=np.uint8)
+    images = new_images(len(ids), image_size)
+    pixels_bchw = images.numpy()
     sample_ids = ids.numpy()
     labels = np.array(index.labels[sample_ids], dtype=np.int64)
     failures = []
@@ -92,9 +102,22 @@ def read_batch(
         except SampleError as error:
             failures.append(bad_sample(index, int(sample_ids[slot]), error))
             labels[slot] = MASKED_LABEL
+            pixels_bchw[slot] = 0
             continue
-        images[slot] = pixels.transpose(2, 0, 1)
-    return Batch(torch.from_numpy(images), torch.from_numpy(labels), ids, tuple(failures))
+        pixels_bchw[slot] = pixels.transpose(2, 0, 1)
+    return Batch(images, torch.from_numpy(labels), ids, tuple(failures))
+
+
+def new_images(count: int, image_size: int) -> Tensor:
+    """uint8 [count, 3, image_size, image_size], not filled; in a loader process in memory that the parent can read.
+
+    Elsewhere torch would copy the images into such memory when they are sent, which costs as much as reading them.
+    """
+    shape = (count, 3, image_size, image_size)
+    if torch.utils.data.get_worker_info() is None or count == 0:
+        return torch.empty(shape, dtype=torch.uint8)
+    shared = torch.UntypedStorage._new_shared(count * 3 * image_size * image_size)
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 
 
 def decode_sample(

@@ -13,8 +13,8 @@ __all__ = ["add_data_commands"]
 class _progress:  # noqa: N801
     """A progress bar behind the callback (done, total) that the data functions call."""
 
-    def __init__(self, description: str) -> None:
-        self._description = description
+    def __init__(self, description: str, *, unit: str = "images") -> None:
+        self._description, self._unit = description, unit
 
     def __enter__(self) -> Callable[[int, int], None]:
         from partialfc.telemetry import ProgressBar
@@ -23,7 +23,7 @@ class _progress:  # noqa: N801
 
         def report(done: int, total: int) -> None:
             if self._bar is None:
-                self._bar = ProgressBar(total, description=self._description, unit="images")
+                self._bar = ProgressBar(total, description=self._description, unit=self._unit)
             self._bar.update(done - self._bar.count)
 
         return report
@@ -72,7 +72,7 @@ def _pack(options: argparse.Namespace) -> None:
 def _index(options: argparse.Namespace) -> None:
     from partialfc.data import index_tars
 
-    with _progress("index") as report:
+    with _progress("index", unit="data shards") as report:
         result = index_tars(
             options.tars,
             options.out,

@@ -15,7 +15,7 @@ __all__ = ["READERS", "make_cold_set", "make_large_index", "measure_index", "rea
 
 _PIECE_BYTES = 4 << 20
 _BATCH = 512
-_LANES, _WINDOW = 8, 8192  # So that a set of a gigabyte has some windows, as a large one has with the usual numbers.
+_LANES, _WINDOW = 8, 2048  # Ten windows in a gigabyte: the first, which nothing is read before, counts little.
 
 
 def make_cold_set(split: Path, *, megabytes: int) -> Path:

@@ -130,7 +130,8 @@ class LocalStorage:
         # A descriptor of its own, as the thread that reads samples may close those it keeps.
         descriptor = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
         try:
-            os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+            # Read, not POSIX_FADV_WILLNEED: that returns before anything is near, and some file systems ignore it.
+            os.pread(descriptor, stop - start, start)
         finally:
             os.close(descriptor)
 

@@ -22,7 +22,7 @@ from partialfc.data import JoinedIndex, Loader, RankSteps, ShardIndex
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.engine import BackboneEngine, DDPEngine
 from partialfc.evaluate import autocast_dtype, open_verification
-from partialfc.feeding import TrainingData, make_loader, open_training_data
+from partialfc.feeding import TrainingData, check_stages, make_loader, open_training_data
 from partialfc.head import HeadGroup, PartialFC
 from partialfc.keyed import hash64
 from partialfc.optim import build_optimizer
@@ -126,6 +126,7 @@ def assemble(config: Config, mesh: ShardMesh, device: torch.device) -> Run:
         ValueError, OSError: if the configuration or the data cannot be used.
     """
     tasks = _open_tasks(config)
+    check_stages(config.data)
     verification_index = open_verification(config) if config.evaluation.enabled else None
     if config.training.global_batch_size < 2 * mesh.size:
         raise ValueError(

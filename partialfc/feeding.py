@@ -25,7 +25,7 @@ from partialfc.data import (
 )
 from partialfc.keyed import hash64
 
-__all__ = ["TrainingData", "make_loader", "open_training_data"]
+__all__ = ["TrainingData", "check_stages", "make_loader", "open_training_data"]
 
 _SOURCE_STREAM = 6  # keeps these hashes apart from those of other parts of the same seed
 
@@ -137,6 +137,16 @@ def make_loader(config: DataConfig, data: TrainingData, steps: RankSteps, *, dev
         cache=config.remote,
         **workers,
     )
+
+
+def check_stages(config: DataConfig) -> None:
+    """Makes sure that the webdataset stages of the configuration can be had, before anything is written.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    if config.stages is not None:
+        load_stages(config.stages)
 
 
 def _gpu(device: torch.device) -> int:

@@ -38,7 +38,7 @@ def _from_table(table: Mapping[str, type[Entry]], kind: str, default: str | None
         for key in value:
             if key != "name" and key not in allowed:
                 raise ValueError(
-                    f"{name} has no setting {key!r}{suggestion(str(key), allowed)}; it has {', '.join(allowed)}"
+                    f"{name} has no setting {key!r}{suggestion(str(key), allowed)}; it has {', '.join(allowed) or 'none'}"
                 )
         entry = TypeAdapter(table[name]).validate_python({key: value[key] for key in value if key != "name"})
         for key in allowed:

@@ -150,8 +150,8 @@ def _keys_at(location: Sequence[int | str]) -> list[str]:
     """What may stand at a place of the tree: keys of a section, or settings of a part that has no name."""
     section: Any = Config
     for part in location:
-        if get_origin(section) is dict:
-            section = get_args(section)[1]
+        if get_origin(section) in (dict, tuple):
+            section = get_args(section)[1 if get_origin(section) is dict else 0]
             continue
         section = section.model_fields[str(part)].annotation
         if type(None) in get_args(section):

@@ -94,6 +94,10 @@ def write_split_files(
     for name in _OPTIONAL_FIELDS:
         if name in (records.dtype.names or ()) and len(bad := np.flatnonzero(~np.isfinite(records[name]))):
             raise ValueError(f"{directory}: {name} of sample {bad[0]} is {records[name][bad[0]]}, but must be finite")
+    if "weight" in (records.dtype.names or ()) and len(bad := np.flatnonzero(records["weight"] < 0)):
+        raise ValueError(
+            f"{directory}: weight of sample {bad[0]} is {records['weight'][bad[0]]}, but must be at least 0"
+        )
     np.save(directory / INDEX, records)
     narrow = np.uint32 if num_samples <= 1 << 32 else np.int64
     np.save(directory / BY_LABEL, np.argsort(records["label"], kind="stable").astype(narrow))

@@ -203,7 +203,9 @@ def test_command_trains_what_is_missing_and_prints_the_table(tool, monkeypatch, 
         trained.append((type(config.head.margin).__name__, config.run.seed))
         if config.run.seed == 9:
             raise DivergedError("too high")
-        (config.run.directory / "metrics.jsonl").write_text('{"loss": 4.0}\n{"loss": 2.0}\n{"other": 1}\n')
+        (config.run.directory / "metrics.jsonl").write_text(
+            '{"step": 1, "loss": 4.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "other": 1}\n'
+        )
         found = {"trained": verified(0.8 + 0.1 * config.run.seed, 0.5)}
         if config.evaluation.at_start:
             found["untrained"] = verified(0.5, 0.001)
@@ -234,7 +236,7 @@ def test_a_failed_run_ends_the_command_and_keeps_the_others(tool, monkeypatch, t
     def outcome(config):
         if config.run.seed:
             raise ValueError("no such data")
-        (config.run.directory / "metrics.jsonl").write_text('{"loss": 4.0}\n')
+        (config.run.directory / "metrics.jsonl").write_text('{"step": 1, "loss": 4.0}\n')
         return SimpleNamespace(verifications={"trained": verified(0.8, 0.5)})
 
     pretend(tool, monkeypatch, outcome)

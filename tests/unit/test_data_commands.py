@@ -3,6 +3,8 @@
 import struct
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from data_faults import BROKEN, encoded, good_files, write_split
 from PIL import Image
@@ -122,12 +124,26 @@ def test_export_to_a_folder_and_to_records_and_back(packed, tmp_path, capsys):
         (["stats", "nowhere"], "nowhere"),
         (["verify", "nowhere"], "no such folder"),
         (["merge", "nowhere", "--out", "x"], "two"),
+        (["pack", "empty.rec", "--out", "x"], "empty.rec: there is no record in it"),
+        (["pack", "nan.csv", "--out", "x"], "nan.csv: line 2: weight is 'nan', but must be finite and not negative"),
+        (["pack", "minus.csv", "--out", "x"], "minus.csv: line 2: weight is '-1', but must be finite and not negative"),
+        (["pack", "text.parquet", "--out", "x"], "column image holds str, but must hold the bytes of images"),
         (["export", "nowhere", "--format", "rec", "--out", "x"], "no such folder"),
     ],
 )
 def test_a_mistake_is_one_message(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("empty.rec").touch()
+    for name, weight in (("nan", "nan"), ("minus", "-1")):
+        Path(f"{name}.csv").write_text(f"path,label,weight\n0.jpg,5,{weight}\n")
+    pyarrow.parquet.write_table(pyarrow.table({"image": ["x", "y"], "label": [1, 2]}), "text.parquet")
     error = run(capsys, *arguments, code=2)
     assert message in error
     assert "Traceback" not in error
-    assert list(Path(tmp_path).iterdir()) == []
+    assert not Path("x").exists()
+
+
+def test_the_same_split_twice_is_not_merged(packed, tmp_path, capsys):
+    error = run(capsys, "merge", packed, packed, "--out", tmp_path / "twice", code=2)
+    assert "hold the same data; name it once" in error
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from array import array
 from collections.abc import Iterator, Sequence
@@ -136,7 +137,7 @@ def read_list(path: Path) -> Iterator[ListedLine]:
             number,
             values["path"],
             values["label"].strip(),
-            _number(values.get("weight"), where=f"{path}: line {number}: weight"),
+            _number(values.get("weight"), where=f"{path}: line {number}: weight", least=0.0),
             _number(values.get("quality"), where=f"{path}: line {number}: quality"),
         )
 
@@ -160,10 +161,13 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{path}: not a text file in UTF-8: {error}") from error
 
 
-def _number(text: str | None, *, where: str) -> float | None:
+def _number(text: str | None, *, where: str, least: float = -math.inf) -> float | None:
     if text is None:
         return None
     try:
-        return float(text)
+        number = float(text)
     except ValueError as error:
         raise ValueError(f"{where} is {text!r}, but must be a number") from error
+    if not (math.isfinite(number) and number >= least):
+        raise ValueError(f"{where} is {text!r}, but must be finite{'' if least < 0 else ' and not negative'}")
+    return number

@@ -138,8 +138,13 @@ class _RowReader:
             for value in self._rows:
                 self._next += 1
                 if self._next > row:
-                    data = value["bytes"] if isinstance(value, dict) else value
-                    return None if data is None else bytes(data)
+                    data = value.get("bytes") if isinstance(value, dict) else value
+                    if not isinstance(data, bytes | None):
+                        raise ValueError(
+                            f"{self._files[file]}: column {self._column} holds {type(data).__name__}, but must hold "
+                            "the bytes of images; name another column, or pack a list of paths"
+                        )
+                    return data
         except OSError as error:  # pyarrow's errors of a damaged file are such
             raise DataError(f"{self._files[file]}, row group {group}: cannot be read: {error}") from error
         raise DataError(f"{self._files[file]}, row group {group}: ends before row {row}; the file was changed")

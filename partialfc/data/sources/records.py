@@ -158,6 +158,8 @@ def _read_headers(descriptor: int, locators: np.ndarray, path: Path) -> tuple[np
     has_image = np.empty(len(locators), dtype=bool)
     images_end = None
     file_bytes = os.fstat(descriptor).st_size
+    if len(locators) == 0:
+        raise ValueError(f"{path}: there is no record in it")
     ends = np.append(locators["offset"][1:], file_bytes).tolist()
     places = zip(locators["offset"].tolist(), locators["key"].tolist(), ends, strict=True)
     for number, (offset, key, next_offset) in enumerate(places):

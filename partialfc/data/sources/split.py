@@ -51,8 +51,12 @@ class SplitSource(Source):
         codes: dict[str, int] = {}
         identities, locators = [], []
         columns: dict[str, list[np.ndarray | None]] = {"weights": [], "quality": []}
+        seen: dict[str, str | Path] = {}
         for number, directory in enumerate(directories):
             index = ShardIndex.open(directory)
+            if index.fingerprint in seen:
+                raise ValueError(f"{directory} and {seen[index.fingerprint]} hold the same data; name it once")
+            seen[index.fingerprint] = directory
             prefix = "" if prefixes is None else prefixes[number]
             label_codes = [codes.setdefault(prefix + name, len(codes)) for name in index.label_names]
             ids = np.arange(index.num_samples) if selected is None else selected[number]

@@ -37,9 +37,8 @@ def _from_table(table: Mapping[str, type[Entry]], kind: str, default: str | None
         allowed = [field.name for field in dataclasses.fields(table[name])]  # type: ignore[arg-type]
         for key in value:
             if key != "name" and key not in allowed:
-                raise ValueError(
-                    f"{name} has no setting {key!r}{suggestion(str(key), allowed)}; it has {', '.join(allowed) or 'none'}"
-                )
+                settings = ", ".join(allowed) or "none"
+                raise ValueError(f"{name} has no setting {key!r}{suggestion(str(key), allowed)}; it has {settings}")
         entry = TypeAdapter(table[name]).validate_python({key: value[key] for key in value if key != "name"})
         for key in allowed:
             number = getattr(entry, key)

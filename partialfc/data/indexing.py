@@ -165,9 +165,11 @@ def _expand(given: Sequence[str]) -> list[str]:
                 f"{pattern}: no such tar; expected tars, a folder of *.tar, a pattern such as 'faces-*.tar', or URLs"
             )
         paths += [os.path.abspath(path) for path in found]
-    twice = [path for path, count in Counter(paths).items() if count > 1]
+    # By way of a symbolic link a tar has two names.
+    tars = [path if is_url(path) else os.path.realpath(path) for path in paths]
+    twice = [path for path, count in Counter(tars).items() if count > 1]
     if twice:
-        raise ValueError(f"{twice[0]}: named {paths.count(twice[0])} times; name each tar once")
+        raise ValueError(f"{twice[0]}: named {tars.count(twice[0])} times; name each tar once")
     if not paths:
         raise ValueError("index_tars: no tar is named")
     open_storage(paths, [0] * len(paths))  # Refuses a mixture of files and URLs.

@@ -147,3 +147,11 @@ def test_the_same_split_twice_is_not_merged(packed, tmp_path, capsys):
     error = run(capsys, "merge", packed, packed, "--out", tmp_path / "twice", code=2)
     assert "hold the same data; name it once" in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tar_with_two_names_is_indexed_once(packed, tmp_path, capsys):
+    shard = packed / "shard-000000.tar"
+    (tmp_path / "other.tar").symlink_to(shard)
+    error = run(capsys, "index", shard, tmp_path / "other.tar", "--out", tmp_path / "x", code=2)
+    assert "named 2 times; name each tar once" in error
+    assert not (tmp_path / "x").exists()

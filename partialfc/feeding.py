@@ -86,13 +86,13 @@ def _make_plan(
     shares = [part.share for part in config.mix]
     if len(parts) == 1 or all(share is None for share in shares):
         return config.sampling.plan(index, seed=seed, global_batch=global_batch)
-    first_ids = [sum(part.num_samples for part in parts[:number]) for number in range(len(parts))]
+    assert isinstance(index, JoinedIndex)
     plans = [
         config.sampling.plan(part, seed=hash64(seed, _SOURCE_STREAM, number), global_batch=global_batch)
         for number, part in enumerate(parts)
     ]
     given = [float(share) for share in shares if share is not None]
-    return MixedPlan(plans, [1.0 - sum(given), *given], seed=seed, first_ids=first_ids)
+    return MixedPlan(plans, [1.0 - sum(given), *given], seed=seed, first_ids=index.first_ids)
 
 
 def make_loader(config: DataConfig, data: TrainingData, steps: RankSteps, *, device: torch.device) -> Loader:

@@ -102,20 +102,20 @@ def read_batch(
         except SampleError as error:
             failures.append(bad_sample(index, int(sample_ids[slot]), error))
             labels[slot] = MASKED_LABEL
-            pixels_bchw[slot] = 0
             continue
         pixels_bchw[slot] = pixels.transpose(2, 0, 1)
     return Batch(images, torch.from_numpy(labels), ids, tuple(failures))
 
 
 def new_images(count: int, image_size: int) -> Tensor:
-    """uint8 [count, 3, image_size, image_size], not filled; in a loader process in memory that the parent can read.
+    """Zeros, uint8 [count, 3, image_size, image_size]; in a loader process in memory that the parent can read.
 
     Elsewhere torch would copy the images into such memory when they are sent, which costs as much as reading them.
     """
     shape = (count, 3, image_size, image_size)
     if torch.utils.data.get_worker_info() is None or count == 0:
-        return torch.empty(shape, dtype=torch.uint8)
+        return torch.zeros(shape, dtype=torch.uint8)
+    # Fresh from the kernel, and so zero.
     shared = torch.UntypedStorage._new_shared(count * 3 * image_size * image_size)
     return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
 

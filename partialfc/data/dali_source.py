@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partialfc.data.augment import Augmentation, AugmentationParameters
+from partialfc.data.augment import AugmentationParameters
 from partialfc.data.batch import MASKED_LABEL, BadSample, bad_sample
 from partialfc.data.decode import JPEG_MAGIC, MAX_PIXELS, decode_image
 from partialfc.data.errors import SampleError
 from partialfc.data.index import ShardIndex
 from partialfc.data.joined import JoinedIndex
-from partialfc.data.plan import RankSteps
+from partialfc.data.loader import AugmentedSteps
 
 __all__ = ["FedBatch", "FedSteps", "decode_all", "jpeg_size"]
 
@@ -54,31 +54,8 @@ class FedBatch:
         return [files[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)] if ends else []
 
 
-class FedSteps:
-    """Step number -> the files of one rank.
-
-    Args:
-        index: the data to read.
-        steps: which samples each step of this rank holds.
-        image_size: height and width of the images in pixels.
-        augmentation: random changes of the images.
-        seed: key of the augmentation.
-    """
-
-    def __init__(
-        self,
-        index: ShardIndex | JoinedIndex,
-        steps: RankSteps,
-        *,
-        image_size: int,
-        augmentation: Augmentation,
-        seed: int,
-    ) -> None:
-        self.index, self.steps, self.image_size = index, steps, image_size
-        self.augmentation, self.seed = augmentation, seed
-
-    def __len__(self) -> int:
-        return len(self.steps)
+class FedSteps(AugmentedSteps):
+    """Step number -> the files of one rank."""
 
     def __getitem__(self, step: int) -> FedBatch:
         draws = self.steps.draws(step)

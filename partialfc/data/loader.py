@@ -22,7 +22,7 @@ from partialfc.data.joined import JoinedIndex
 from partialfc.data.plan import RankSteps, rank_slice
 from partialfc.data.read_ahead import WarmSteps
 
-__all__ = ["Loader", "SequentialLoader", "StepsDataset", "TorchLoader", "WholeBatchLoader"]
+__all__ = ["AugmentedSteps", "Loader", "SequentialLoader", "StepsDataset", "TorchLoader", "WholeBatchLoader"]
 
 _PREFETCHED_BATCHES = 4  # Per worker: enough to bridge a slow read, little memory as images are uint8.
 _LOOK_EVERY_SECONDS = 2.0  # Whether a worker died.
@@ -174,7 +174,7 @@ class TorchLoader(WholeBatchLoader):
         read_ahead: bool = False,
     ) -> None:
         super().__init__(
-            _TrainingSteps(index, steps, image_size, augmentation, seed),
+            _TrainingSteps(index, steps, image_size=image_size, augmentation=augmentation, seed=seed),
             num_workers=num_workers,
             timeout_seconds=timeout_seconds,
             order=WarmSteps(index, steps) if read_ahead else None,
@@ -215,13 +215,22 @@ class SequentialLoader(WholeBatchLoader):
         super().__init__(_SequentialSteps(index, part, batch_size, image_size), num_workers=num_workers)
 
 
-class _TrainingSteps:
-    """Step number -> batch of one rank."""
+class AugmentedSteps:
+    """What the batches of training steps are made from; how, is said by those that inherit it.
+
+    Args:
+        index: the data to read.
+        steps: which samples each step of this rank holds.
+        image_size: height and width of the images in pixels.
+        augmentation: random changes of the images.
+        seed: key of the augmentation.
+    """
 
     def __init__(
         self,
         index: ShardIndex | JoinedIndex,
         steps: RankSteps,
+        *,
         image_size: int,
         augmentation: Augmentation,
         seed: int,
@@ -231,6 +240,10 @@ class _TrainingSteps:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+
+class _TrainingSteps(AugmentedSteps):
+    """Step number -> batch of one rank."""
 
     def __getitem__(self, step: int) -> Batch:
         draws = self.steps.draws(step)

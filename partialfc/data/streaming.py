@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
 from partialfc.data.augment import Augmentation
-from partialfc.data.batch import MASKED_LABEL, BadSample, Batch, decode_sample
+from partialfc.data.batch import MASKED_LABEL, BadSample, Batch, decode_sample, new_images
 from partialfc.data.errors import SampleError
 from partialfc.data.loader import WholeBatchLoader
 from partialfc.data.piece_cache import CacheSettings
@@ -187,7 +186,8 @@ class _StreamedSteps:
     def _batch(self, items: list[StreamedSample]) -> Batch:
         ids, visits, labels = (torch.tensor(column) for column in list(zip(*items, strict=True))[:3])
         parameters = self.augmentation.draw(Draws(ids, visits), seed=self.seed)
-        images = np.zeros((len(items), 3, self.image_size, self.image_size), dtype=np.uint8)
+        images = new_images(len(items), self.image_size)
+        pixels_bchw = images.numpy()
         failures = []
         for slot, item in enumerate(items):
             try:
@@ -196,5 +196,5 @@ class _StreamedSteps:
                 failures.append(BadSample(item.sample_id, error.reason, f"{item.where}: {error}"))
                 labels[slot] = MASKED_LABEL
                 continue
-            images[slot] = pixels.transpose(2, 0, 1)
-        return Batch(torch.from_numpy(images), labels, ids, tuple(failures))
+            pixels_bchw[slot] = pixels.transpose(2, 0, 1)
+        return Batch(images, labels, ids, tuple(failures))

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from partialfc.data.augment import Augmentation, AugmentationParameters, apply_augmentation
-from partialfc.data.batch import MASKED_LABEL, Batch, bad_sample
+from partialfc.data.batch import MASKED_LABEL, Batch, bad_sample, new_images
 from partialfc.data.decode import JPEG_MAGIC, decode_image
 from partialfc.data.errors import SampleError
 from partialfc.data.index import ShardIndex
 from partialfc.data.joined import JoinedIndex
-from partialfc.data.loader import WholeBatchLoader
+from partialfc.data.loader import AugmentedSteps, WholeBatchLoader
 from partialfc.data.plan import RankSteps
 from partialfc.data.read_ahead import WarmSteps
 from partialfc.data.webdataset_stages import STREAMING_HINT, Stage, check_stage, describe_error, stage_name
@@ -144,38 +144,27 @@ class _StepSamples:
         return where if len(slots) == 1 else f"{where}, or one of the {len(slots) - 1} samples drawn next"
 
 
-class _StagedSteps:
+class _StagedSteps(AugmentedSteps):
     """Step number -> batch of one rank."""
 
-    def __init__(
-        self,
-        index: ShardIndex | JoinedIndex,
-        steps: RankSteps,
-        *,
-        image_size: int,
-        augmentation: Augmentation,
-        seed: int,
-        stages: Sequence[Stage],
-    ) -> None:
-        self.index, self.steps, self.image_size = index, steps, image_size
-        self.augmentation, self.seed, self.stages = augmentation, seed, list(stages)
-
-    def __len__(self) -> int:
-        return len(self.steps)
+    def __init__(self, *arguments: Any, stages: Sequence[Stage], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.stages = list(stages)
 
     def __getitem__(self, step: int) -> Batch:
         samples = _StepSamples(self.index, self.steps, step)
         parameters = self.augmentation.draw(samples.draws, seed=self.seed)
-        images = np.zeros((len(samples.labels), 3, self.image_size, self.image_size), dtype=np.uint8)
+        images = new_images(len(samples.labels), self.image_size)
+        pixels_bchw = images.numpy()
         labels, bad = samples.labels.copy(), {}
         for slot, made in self._made(samples):
             try:
-                images[slot] = self._finish(samples, slot, made, parameters).transpose(2, 0, 1)
+                pixels_bchw[slot] = self._finish(samples, slot, made, parameters).transpose(2, 0, 1)
             except SampleError as error:
                 bad[slot] = bad_sample(self.index, int(samples.sample_ids[slot]), error)
                 labels[slot] = MASKED_LABEL
         failures = tuple(bad[slot] for slot in sorted(bad))
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), samples.draws.ids, failures)
+        return Batch(images, torch.from_numpy(labels), samples.draws.ids, failures)
 
     def _made(self, samples: _StepSamples) -> Iterator[tuple[int, Any]]:
         """Of each slot what came out of the stages: a sample, or the error that makes it a bad one."""

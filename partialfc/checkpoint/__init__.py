@@ -1,5 +1,7 @@
 """Saving and restoring a run."""
 
-from partialfc.checkpoint.store import CheckpointError, CheckpointStore
+from partialfc.checkpoint.agreement import CheckpointError
+from partialfc.checkpoint.lock import RunLock, RunLockedError
+from partialfc.checkpoint.store import CheckpointStore
 
-__all__ = ["CheckpointError", "CheckpointStore"]
+__all__ = ["CheckpointError", "CheckpointStore", "RunLock", "RunLockedError"]

@@ -7,16 +7,28 @@ checkpoint only if it holds a manifest, and a good one only if every file agrees
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MANIFEST_NAME", "FileRecord", "Manifest", "ManifestError", "find_damage", "fsync_directory"]
+__all__ = [
+    "MANIFEST_NAME",
+    "FileRecord",
+    "Manifest",
+    "ManifestError",
+    "check_files",
+    "find_damage",
+    "fsync_directory",
+    "json_copy",
+]
 
 MANIFEST_NAME = "MANIFEST.json"
 _FORMAT = "partialfc-checkpoint-1"
+_READ_BYTES = 2**20
 
 
 class ManifestError(ValueError):
@@ -61,12 +73,13 @@ class Manifest:
                 name: {"size_bytes": record.size_bytes, "sha256": record.sha256} for name, record in self.files.items()
             },
         }
-        try:
-            # Once through JSON first, so that integer keys and tuples have the form in which they will be read.
-            body = json.loads(json.dumps(body, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"checkpoint metadata cannot be written as JSON: {error}") from error
+        body = json_copy(body)
         return _render({**body, "self_sha256": _digest(body)})
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all files but the manifest."""
+        return sum(record.size_bytes for record in self.files.values())
 
     def write(self, directory: Path) -> None:
         """Writes the manifest into `directory` and makes it durable."""
@@ -101,24 +114,67 @@ class Manifest:
         return cls(files, body["metadata"])
 
 
-def find_damage(directory: Path, files: dict[str, FileRecord]) -> str | None:
+def find_damage(
+    directory: Path,
+    files: dict[str, FileRecord],
+    *,
+    contents: bool = True,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> str | None:
     """Compares files with their records.
+
+    Args:
+        directory: where they are.
+        files: records by name.
+        contents: False looks at the sizes alone.
+        on_bytes: called with the number of bytes read, as they are.
 
     Returns:
         The first difference, naming the file, or None if all are as they should be.
     """
     for name, record in sorted(files.items()):
         try:
-            with (directory / name).open("rb") as stream:
+            with (directory / name).open("rb", buffering=0) as stream:
                 size = os.fstat(stream.fileno()).st_size
                 if size != record.size_bytes:
                     return f"{name} has {size} bytes instead of {record.size_bytes}"
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                digest = _digest_of(stream, on_bytes) if contents else record.sha256
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
         if digest != record.sha256:
             return f"{name} has sha256 {digest[:12]}... instead of {record.sha256[:12]}..."
     return None
+
+
+def check_files(directory: Path, files: dict[str, FileRecord]) -> None:
+    """Reads files and compares them with their records.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    if damage := find_damage(directory, files):
+        raise ValueError(damage)
+
+
+def _digest_of(stream: io.RawIOBase, on_bytes: Callable[[int], None]) -> str:
+    digest, buffer = hashlib.sha256(), bytearray(_READ_BYTES)
+    while count := stream.readinto(buffer):
+        digest.update(memoryview(buffer)[:count])
+        on_bytes(count)
+    return digest.hexdigest()
+
+
+def json_copy(values: dict[str, Any]) -> dict[str, Any]:
+    """The values as JSON gives them back: integer keys and tuples do not stay what they are.
+
+    Raises:
+        ValueError: if they are not finite numbers, strings, booleans, None, lists and dictionaries.
+    """
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(values, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint metadata cannot be written as JSON: {error}") from error
+    return copy
 
 
 def fsync_directory(directory: Path) -> None:

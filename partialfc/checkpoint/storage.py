@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -18,23 +18,62 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 
+from partialfc.checkpoint.file_system import explained
 from partialfc.checkpoint.manifest import FileRecord
+from partialfc.checkpoint.parts import FlatState, PartPlanner
 
-__all__ = ["check_state", "read_state", "write_state"]
+__all__ = ["check_state", "read_state", "write_parts", "write_state"]
 
 
-def write_state(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> dict[str, FileRecord]:
-    """Writes this rank's part of `state` into an empty directory, durably.
+def write_state(directory: Path, state: FlatState, group: dist.ProcessGroup | None) -> dict[str, FileRecord]:
+    """Writes this rank's part of a state into an empty directory, durably.
 
     Returns:
         The files that this rank wrote, with checksums taken as the bytes passed by: what a disk loses later differs.
     """
-    # Our file system syncs files itself: DCP syncs `.metadata` with its last bytes still in the process's buffer.
-    writer = dcp.FileSystemWriter(directory, sync_files=False, overwrite=False)
-    writer.fs = file_system = _HashingFileSystem()
-    with _no_single_process_warning():
-        dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
+    if group is None:
+        return write_parts(directory, [state])
+    writer, file_system = _open_writer(directory)
+    planner = PartPlanner(state.paths)
+    dcp.save(dict(state.values), storage_writer=writer, planner=planner, process_group=group)
     return file_system.records
+
+
+def write_parts(
+    directory: Path, states: list[FlatState], on_file: Callable[[], None] = lambda: None
+) -> dict[str, FileRecord]:
+    """Writes alone what several ranks would write together, one file after the other.
+
+    Args:
+        directory: an empty one.
+        states: of each rank.
+        on_file: called after each file.
+
+    Returns:
+        All files.
+    """
+    writer, file_system = _open_writer(directory)
+    writer.set_up_storage_writer(True)
+    planners = [PartPlanner(state.paths) for state in states]
+    plans = []
+    for rank, (planner, state) in enumerate(zip(planners, states, strict=True)):
+        planner.set_up_planner(dict(state.values), is_coordinator=rank == 0)
+        plans.append(writer.prepare_local_plan(planner.create_local_plan()))
+    plans, metadata = planners[0].create_global_plan(plans)
+    results = []
+    for planner, plan in zip(planners, writer.prepare_global_plan(plans), strict=True):
+        results.append(writer.write_data(planner.finish_plan(plan), planner).wait())
+        on_file()
+    writer.finish(metadata, results)
+    return file_system.records
+
+
+def _open_writer(directory: Path) -> tuple[dcp.FileSystemWriter, _HashingFileSystem]:
+    # Our file system syncs files itself: DCP syncs `.metadata` with its last bytes still in the process's buffer.
+    # Nothing is copied ahead: that takes the current GPU, which in a thread is the first one of the node.
+    writer = dcp.FileSystemWriter(directory, sync_files=False, overwrite=False, per_thread_copy_ahead=0)
+    writer.fs = file_system = _HashingFileSystem()
+    return writer, file_system
 
 
 def read_state(directory: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
@@ -120,9 +159,14 @@ class _HashingFile(io.BufferedWriter):
         super().__init__(io.FileIO(path, "xb"))
         self.digest = hashlib.sha256()
         self.size_bytes = 0
+        self.failure: OSError | None = None
 
     def write(self, data: Any, /) -> int:
-        written = super().write(data)
+        try:
+            written = super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
         self.digest.update(data)
         self.size_bytes += written
         return written
@@ -151,8 +195,16 @@ class _HashingFileSystem(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
         assert mode == "wb", mode
-        with _HashingFile(Path(path)) as stream:
-            yield stream
+        with explained(Path(path).parent):
+            stream = _HashingFile(Path(path))
+            try:
+                with stream:
+                    yield stream
+            except Exception:
+                # What torch makes of a full disk is "unexpected pos 704 vs 598".
+                if stream.failure is not None:
+                    raise stream.failure from None
+                raise
         self.records[Path(path).name] = FileRecord(stream.size_bytes, stream.digest.hexdigest())
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,9 @@ from support import run_distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from partialfc.checkpoint import storage, store
+from partialfc.checkpoint import CheckpointError, CheckpointStore, RunLock, RunLockedError, storage, store
 from partialfc.checkpoint.manifest import MANIFEST_NAME
-from partialfc.checkpoint.store import CheckpointError, CheckpointStore
 from partialfc.distributed.mesh import ShardMesh
-from partialfc.keyed import randint
 
 # Rows over 1, 2, 3 ranks: even, uneven, and with a rank that has none.
 SHARDED = {"nine": (9, torch.float32), "one": (1, torch.float64), "four": (4, torch.bfloat16), "ids": (7, torch.int64)}
@@ -91,6 +90,7 @@ def test_a_process_alone_saves_and_loads(tmp_path: Path) -> None:
     assert metadata == {
         "config_hash": "abc",
         "step": 120,
+        "score": None,
         "world_size": 1,
         "torch_version": torch.__version__,
     }
@@ -120,31 +120,15 @@ def test_every_file_is_on_disk_before_the_commit(tmp_path: Path, monkeypatch: py
     assert tmp_path.stat().st_ino in synced
 
 
-def test_every_flipped_bit_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    checkpoints = single_store(tmp_path, 1, 2)
-    good, target = tmp_path / "step-00000001", tmp_path / "step-00000002"
-    assert checkpoints.latest() == target
-    files = sorted(target.iterdir())
-    assert [file.name for file in files] == [".metadata", MANIFEST_NAME, "__0_0.distcp"]
-    sizes = torch.tensor([file.stat().st_size for file in files])
-    for number in range(60):
-        # 20 in each file, anywhere in it.
-        file, size = files[number % 3], int(sizes[number % 3])
-        place, bit = int(randint(size, number, 0)), int(randint(8, number, 1))
-        flip(file, place, bit)
-        caplog.clear()
-        assert checkpoints.latest() == good, (file.name, place, bit)
-        assert "damaged" in caplog.text
-        assert file.name in caplog.text
-        with pytest.raises(CheckpointError, match=file.name.replace(".", r"\.")):
-            checkpoints.load(target, state := state_at(0, checkpoints.mesh))
-        assert int(state["progress"]["step"]) == 0, "a damaged checkpoint must not touch the state"
-        flip(file, place, bit)
-    for place in range(int(sizes[1])):
-        flip(files[1], place, place % 8)
+def test_every_flipped_byte_of_a_manifest_is_found(tmp_path: Path) -> None:
+    checkpoints = single_store(tmp_path, 2)
+    target = tmp_path / "step-00000002"
+    manifest = target / MANIFEST_NAME
+    for place in range(manifest.stat().st_size):
+        flip(manifest, place, place % 8)
         with pytest.raises(CheckpointError, match=MANIFEST_NAME):
             checkpoints._verify(target)
-        flip(files[1], place, place % 8)
+        flip(manifest, place, place % 8)
     assert checkpoints.latest() == target
 
 
@@ -241,7 +225,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path, monkeypatch: 
         if directory == tmp_path:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(store, "fsync_directory", failing_fsync)
+    monkeypatch.setattr("partialfc.checkpoint.directory.fsync_directory", failing_fsync)
     with pytest.raises(CheckpointError, match=r"committing .*Input/output error"):
         checkpoints.save(4, state_at(4, checkpoints.mesh), metadata={})
     assert names(tmp_path) == ["step-00000004"]
@@ -376,6 +360,88 @@ def check_damage(checkpoints: CheckpointStore, newest: Path) -> None:
         if checkpoints.mesh.rank == 0:
             flip(newest / name, 40, 3)
         torch.distributed.barrier(checkpoints.mesh.group)
+
+
+def check_background(rank: int, world_size: int, place: str) -> None:
+    """A thread of each rank saves while the ranks communicate about other things; all learn alike how it ended."""
+    mesh = ShardMesh.from_group()
+    checkpoints = CheckpointStore(place, mesh=mesh, keep_last=2)
+    for step in (1, 2, 3):
+        state = state_at(step, mesh)
+        path = checkpoints.save(step, state, metadata={}, score=step / 2, blocking=False)
+        for value in state["head"].values():
+            value.to_local().zero_()
+        state["progress"]["step"] = -1
+        assert communicate_until_told(checkpoints) is None
+        checkpoints.load(path, loaded := state_at(0, mesh))
+        assert_is_state(loaded, step, mesh)
+        assert_is_state(state_at(step, mesh), step, mesh)
+    torch.distributed.barrier()
+    assert names(Path(place)) == ["step-00000002", "step-00000003"]
+
+    for failing_rank, patched, attribute in [
+        (1, storage._HashingFile, "write"),
+        (0, store.Manifest, "write"),
+    ]:
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == failing_rank:
+                patch.setattr(patched, attribute, disk_full)
+            checkpoints.save(4, state_at(4, mesh), metadata={}, blocking=False)
+            error = communicate_until_told(checkpoints)
+            assert error is not None
+            assert f"rank {failing_rank}: OSError: [Errno 28] No space left" in error
+        torch.distributed.barrier()
+        assert names(Path(place)) == ["step-00000002", "step-00000003"]
+    checkpoints.save(5, state_at(5, mesh), metadata={}, blocking=False)
+    checkpoints.wait()
+    checkpoints.load(Path(place) / "step-00000005", state := state_at(0, mesh))
+    assert_is_state(state, 5, mesh)
+
+
+def communicate_until_told(checkpoints: CheckpointStore) -> str | None:
+    """Steps of a training that ask at each whether the save is over. All ranks hear of it in the same step."""
+    heard = None
+    told: list[int] = []
+    for step in range(2000):
+        total = torch.full((7,), step + checkpoints.mesh.rank)
+        torch.distributed.all_reduce(total)
+        assert int(total[0]) == sum(step + rank for rank in range(checkpoints.mesh.size))
+        # One rank is slower than the other.
+        time.sleep(0.002 * checkpoints.mesh.rank)
+        under_way = checkpoints._background._under_way is not None
+        try:
+            checkpoints.poll()
+        except CheckpointError as error:
+            heard = str(error)
+        if under_way and checkpoints._background._under_way is None:
+            told.append(step)
+            break
+    everyone: list[Any] = [None] * checkpoints.mesh.size
+    torch.distributed.all_gather_object(everyone, (told, heard))
+    assert len(told) == 1
+    assert all(other == (told, heard) for other in everyone)
+    return heard
+
+
+def check_lock(rank: int, world_size: int, place: str) -> None:
+    """The first rank locks for all; a second job is refused on all of its ranks."""
+    mesh = ShardMesh.from_group()
+    with RunLock(place, mesh=mesh, wait_seconds=0):
+        torch.distributed.barrier()
+        second = RunLock(place, mesh=mesh, wait_seconds=0)
+        with pytest.raises(RunLockedError, match="in use by another run in this process"):
+            second.acquire()
+    with RunLock(place, mesh=mesh, wait_seconds=0):
+        pass
+
+
+def check_two_ranks(rank: int, world_size: int, place: str) -> None:
+    check_background(rank, world_size, place)
+    check_lock(rank, world_size, place + "-run")
+
+
+def test_ranks_save_in_the_background_and_lock_as_one(tmp_path: Path) -> None:
+    run_distributed(check_two_ranks, 2, str(tmp_path / "store"))
 
 
 def test_ranks_act_as_one_and_any_number_of_them_loads(tmp_path: Path) -> None:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-__all__ = ["BackboneEngine"]
+__all__ = ["BackboneEngine", "StepOutcome"]
+
+
+class StepOutcome(NamedTuple):
+    """What a step of the backbone came to, the same on all ranks.
+
+    Attributes:
+        gradient_norm: of the mean loss over the global batch, before clipping; maybe not finite.
+        updated: whether the backbone moved. It does not if the gradient is not finite on any rank.
+    """
+
+    gradient_norm: float
+    updated: bool
 
 
 class BackboneEngine(Protocol):
@@ -15,32 +27,38 @@ class BackboneEngine(Protocol):
     The contract with the head: its loss is the mean over the global batch, and its backward leaves the gradient of
     that mean for this rank's embeddings. So the gradient of a parameter is the sum over ranks of what each computes.
     An engine whose wrapper averages over ranks instead makes up for it in `backward`.
+
+    A batch may go through the backbone in several portions, of which only one has its activations in memory. The head
+    still sees the whole batch at once, so results do not depend on their number but through batch statistics.
     """
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings [b, D] of normalised images [b, 3, H, W]."""
+        """Embeddings [b, D] in float32, a leaf that requires a gradient, of normalised images [b, 3, H, W]."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the global mean loss, the same on all ranks."""
+        """Gradients of the global mean loss, the same on all ranks, of the embeddings that `forward` last gave."""
         ...
 
-    def step(self, *, learning_rate: float) -> tuple[float, bool]:
-        """Clips, and updates the backbone unless the gradient is not finite; clears the gradients.
-
-        Returns:
-            The gradient's norm before clipping, and whether the backbone was updated; the same on all ranks.
-        """
+    def step(self, *, learning_rate: float) -> StepOutcome:
+        """Clips, and updates the backbone unless the gradient is not finite; clears the gradients. Collective."""
         ...
 
     def evaluation_backbone(self) -> nn.Module:
-        """The bare network, equal on all ranks, which communicates with nobody. Collective."""
+        """The bare network, equal on all ranks, which communicates with nobody: averaged weights if it has those.
+
+        Collective. To be used and let go before the next step.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """`backbone` and `optimizer`, under plain parameter names, equal on all ranks. Collective."""
+        """`backbone`, `optimizer`, and if there are such `ema` and `loss_scale`, under plain parameter names.
+
+        The same keys and shapes for every engine. Tensors may be DTensors, other values are equal on all ranks.
+        Collective.
+        """
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Takes back what `state_dict` of any engine gave. Collective."""
         ...

@@ -1,6 +1,6 @@
 """Learning-rate schedules as pure functions of the step, and the backbone optimizers."""
 
-from partialfc.optim.build import OPTIMIZERS, build_optimizer, set_learning_rate
+from partialfc.optim.build import OPTIMIZERS, build_optimizer, fill_state, set_learning_rate
 from partialfc.optim.schedules import SCHEDULES, Cosine, MultiStep, Polynomial, Schedule, learning_rate_at
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Polynomial",
     "Schedule",
     "build_optimizer",
+    "fill_state",
     "learning_rate_at",
     "set_learning_rate",
 ]

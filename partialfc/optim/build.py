@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-__all__ = ["OPTIMIZERS", "build_optimizer", "set_learning_rate"]
+__all__ = ["OPTIMIZERS", "build_optimizer", "fill_state", "set_learning_rate"]
 
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -59,3 +60,25 @@ def set_learning_rate(optimizer: Optimizer, value: float) -> None:
     """Sets the learning rate of all parameter groups."""
     for group in optimizer.param_groups:
         group["lr"] = value
+
+
+@torch.no_grad()
+def fill_state(optimizer: Optimizer) -> None:
+    """Creates the state that an optimizer otherwise creates in its first step, with the values that it starts from.
+
+    So it can be saved, or loaded into, at any time. For the optimizers of `build_optimizer`, all of which start from
+    zeros. Parameters stay as they are.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    set_learning_rate(optimizer, 0.0)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for values in optimizer.state.values():
+        for value in values.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -122,7 +122,9 @@ def _margin_loss(
     if head.interclass_filtering_threshold is not None:
         others_Vn = exclude_own_classes(similarity_Vn.detach().clone(), in_play, labels_per_row)
         filtered_Vn = others_Vn > head.interclass_filtering_threshold
-        statistics["filtered_negatives"] = sum_over_shards((filtered_Vn & batch.valid_V[:, None]).sum(), mesh)
+        statistics["filtered_negatives"] = sum_over_shards(
+            (filtered_Vn & batch.valid_V[:, None]).sum(), mesh, what="number of filtered negatives"
+        )
 
     def aggregate(which: Aggregate, logits_Vn: Tensor, bounded: bool) -> Tensor:
         # In place: logits are the largest thing there is, and nobody looks at them again.
@@ -137,5 +139,5 @@ def _margin_loss(
     parameters, state = margin.prepare(row, head.margin_state)
     logits_Vn = negative_logits(similarity_Vn, parameters, margin=margin, mesh=mesh)
     negatives_V = aggregate(margin.aggregate, logits_Vn, head.bounded)
-    mean = margin_loss(margin, target_V, negatives_V, parameters, row, batch)
-    return mean, state, statistics | margin_statistics(mean, row, batch)
+    mean = margin_loss(head, target_V, negatives_V, parameters, row, batch)
+    return mean, state, statistics | margin_statistics(mean, row)

@@ -60,7 +60,7 @@ class _Centers(AuxiliaryTerm):
     def value(self, embeddings_BD: Tensor, batch: GlobalBatch) -> Tensor:
         rows, classes = owned_classes(batch.labels_V, self.centers.partition)
         terms = self.term.row_terms(embeddings_BD[rows], self.centers.read("weight", classes))
-        return sum_over_shards(terms.sum(), self.mesh) / batch.num_valid_rows.clamp(min=1)
+        return sum_over_shards(terms.sum(), self.mesh, what=self.name) / batch.num_valid_rows.clamp(min=1)
 
     @torch.no_grad()
     def update(self, batch: GlobalBatch) -> None:
@@ -91,7 +91,7 @@ class _Pairs(AuxiliaryTerm):
         both_bB = valid_B[own, None] & valid_B & (place_B[own, None] != place_B)
         equal_bB = labels_B[own, None] == labels_B
         sums = self.term.sums(distance_bB, both_bB & equal_bB, both_bB & ~equal_bB)
-        return self.term.value(sum_over_shards(sums, self.mesh))
+        return self.term.value(sum_over_shards(sums, self.mesh, what=self.name))
 
 
 class _Distance(torch.autograd.Function):

@@ -13,7 +13,16 @@ from partialfc.head.variational import VariationalPrototypes
 from partialfc.margins.auxiliary import Auxiliary
 from partialfc.margins.base import Margin
 
-__all__ = ["check_dtypes", "check_margin", "check_numbers", "check_offload", "check_options", "check_sampling"]
+__all__ = [
+    "check_dtypes",
+    "check_learning_rate",
+    "check_margin",
+    "check_numbers",
+    "check_offload",
+    "check_options",
+    "check_replicas",
+    "check_sampling",
+]
 
 _STORED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -44,8 +53,16 @@ def check_numbers(
             raise ValueError(f"{name} is {value}, but must be positive and finite")
 
 
-def check_dtypes(stored: torch.dtype, operands: torch.dtype | None) -> None:
-    """Raises a ValueError unless class centers can be stored and multiplied so."""
+def check_learning_rate(rate: float) -> None:
+    """Raises a ValueError unless class centers can move at that rate."""
+    if not 0 <= rate < math.inf:
+        raise ValueError(f"learning_rate of the head is {rate}, but must be finite and not negative; see its schedule")
+
+
+def check_dtypes(stored: torch.dtype, operands: torch.dtype | None, gathered: torch.dtype | None) -> None:
+    """Raises a ValueError unless class centers can be stored and multiplied, and embeddings gathered, so."""
+    if gathered not in (None, torch.bfloat16):
+        raise ValueError(f"gather_dtype is {gathered}, but must be torch.bfloat16, or None for that of the sums")
     if stored not in _STORED:
         raise ValueError(
             f"dtype is {stored}, but class centers are stored in torch.float32 or torch.float64, or with stochastic "
@@ -72,6 +89,23 @@ def check_offload(offload: bool, sample_rate: float, optimizer: CenterOptimizer)
         )
     if offload and optimizer.moves_idle_rows:
         raise ValueError("offload is True, but the optimizer's decay is dense; rows in host memory need decay: lazy")
+
+
+def check_replicas(
+    *, fused: bool, offload: bool, auxiliaries: Sequence[Auxiliary], variational: VariationalPrototypes | None
+) -> None:
+    """Raises a ValueError if class centers with these options cannot be replicated."""
+    for name, given, remedy in (
+        ("fused", not fused, "set it to True"),
+        ("offload", offload, "set it to False"),
+        ("auxiliaries", bool(auxiliaries), "leave them out"),
+        ("variational", variational is not None, "set it to None"),
+    ):
+        if given:
+            raise ValueError(
+                f"class centers that are replicated over nodes (replicate_over) do not go with {name}; {remedy}, or "
+                "shard them over all ranks"
+            )
 
 
 def check_margin(margin: Margin, sampling_correction: bool | None, labels_per_row: int) -> None:

@@ -79,7 +79,7 @@ class ClassTable(nn.Module):
 
     def gather_all(self, name: str) -> Tensor:
         """[num_classes, ...] on every rank, a copy. Collective."""
-        return gather_rows(self._rows(name), self.mesh).clone()
+        return gather_rows(self._rows(name), self.mesh, what=f"class table {name}").clone()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name in self._names:

@@ -45,6 +45,21 @@ class HeadGroup(nn.Module):
         assert isinstance(head, PartialFC)
         return head
 
+    @property
+    def defers_updates(self) -> bool:
+        """Whether the heads leave their updates to `finish_update`; see `PartialFC`. Set for all of them."""
+        return any(self[name].defers_updates for name in self.names)
+
+    @defers_updates.setter
+    def defers_updates(self, defers: bool) -> None:
+        for name in self.names:
+            self[name].defers_updates = defers
+
+    def finish_update(self, go: bool) -> None:
+        """Makes the updates that `backward` has left, in all heads, or in none; see `PartialFC.finish_update`."""
+        for name in self.names:
+            self[name].finish_update(go)
+
     def forward(self, embeddings: Tensor, labels: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the losses, a scalar, equal on all ranks.
 

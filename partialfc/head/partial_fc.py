@@ -22,6 +22,7 @@ from partialfc.head.checks import (
     check_numbers,
     check_offload,
     check_options,
+    check_replicas,
     check_sampling,
 )
 from partialfc.head.class_centers import ClassCenters
@@ -30,7 +31,7 @@ from partialfc.head.learned import LearnedNumbers
 from partialfc.head.offload import OffloadedCenters
 from partialfc.head.optimizers import CenterOptimizer, CenterSGD
 from partialfc.head.sampling import ClassesInPlay, NegativeSampler, all_in_play
-from partialfc.head.step import PendingStep, TrainingStep, head_step
+from partialfc.head.step import PendingStep, TrainingStep, finish, head_step
 from partialfc.head.variational import PrototypeMemory, VariationalPrototypes
 from partialfc.margins.auxiliary import Auxiliary
 from partialfc.margins.base import Margin, State
@@ -74,6 +75,8 @@ class PartialFC(nn.Module):
             rounded stochastically, keyed by (seed, step, class), and computed with in float32.
         matmul_dtype: bfloat16 for operands of matrix products in 16 bits. Logits are sums in float32 whatever it is; on
             a CPU, whose library rounds results to the dtype of operands, it is used for gradients alone.
+        gather_dtype: bfloat16 for embeddings and their gradients that travel between ranks in 16 bits, half the bytes.
+            All ranks compute with the rounded embeddings, also if there is one rank; gradients are summed in 16 bits.
         offload: whether class centers and their optimizer state are kept in host memory, and only the rows of a step
             are brought to `device`: those that the next step draws while the backbone works. Takes a sample rate
             below 1. The results are the same, bit for bit.
@@ -82,9 +85,15 @@ class PartialFC(nn.Module):
         init_std: standard deviation of the initial elements of class centers.
         process_group: over which the centers are sharded; None for the default group, or for a process on its own if
             torch.distributed is not initialised.
+        replicate_over: the ranks that hold the same class centers as this one, for class centers that each node has
+            as a whole; `process_group` is then over the ranks of this node, and all ranks of all nodes call the head.
+            See `partialfc.distributed.mesh.node_groups`. The results are the same. None for no others.
 
     Attributes:
         learning_rate: of the next update; a schedule may set it before each step.
+        defers_updates: whether `backward` leaves the update to `finish_update`, for a training step of which it is
+            known only then whether it is made. False: the update runs in `backward`, while the gradient of the
+            embeddings is on its way.
         step: steps done so far, also those that moved nothing because their loss was not finite.
         margin_state: what the margin remembers, by name, scalars that are equal on all ranks.
         statistics: what `diagnostics` shows of the last step, by name, scalars.
@@ -112,11 +121,13 @@ class PartialFC(nn.Module):
         fused: bool = True,
         dtype: torch.dtype = torch.float32,
         matmul_dtype: torch.dtype | None = None,
+        gather_dtype: torch.dtype | None = None,
         offload: bool = False,
         device: torch.device | str | None = None,
         seed: int = 0,
         init_std: float = 0.01,
         process_group: ProcessGroup | None = None,
+        replicate_over: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         auxiliaries = tuple(auxiliaries)
@@ -129,7 +140,7 @@ class PartialFC(nn.Module):
             init_std=init_std,
             loss_weight=loss_weight,
         )
-        check_dtypes(dtype, matmul_dtype)
+        check_dtypes(dtype, matmul_dtype, gather_dtype)
         check_margin(margin, sampling_correction, labels_per_row)
         check_sampling(sampling)
         check_offload(offload, sample_rate, optimizer)
@@ -137,28 +148,24 @@ class PartialFC(nn.Module):
         self.margin, self.seed, self.loss_weight, self.labels_per_row = margin, seed, loss_weight, labels_per_row
         self.interclass_filtering_threshold = interclass_filtering_threshold
         self.learning_rate, self.step = optimizer.learning_rate, 0
-        self.mesh = ShardMesh.from_group(process_group)
+        self.mesh = ShardMesh.from_group(process_group, replicate_over=replicate_over)
+        if self.mesh.replicate_over is not None:
+            check_replicas(fused=fused, offload=offload, auxiliaries=auxiliaries, variational=variational)
         self.partition = ClassPartition(num_classes, self.mesh.rank, self.mesh.size)
-        self.fused, self.matmul_dtype = fused, matmul_dtype
+        self.fused, self.matmul_dtype, self.gather_dtype = fused, matmul_dtype, gather_dtype
         self.sampler = NegativeSampler(num_classes, sample_rate, law=sampling, seed=seed) if sample_rate < 1 else None
         self._build_tables((num_subcenters, embedding_dim), optimizer, init_std, dtype, device, offload)
-        table: dict[str, Any] = {"mesh": self.mesh, "like": torch.empty(0, dtype=self.dtype, device=self.device)}
-        learned = margin.initial_learned(num_classes)
-        plain = optimizer.without_decay()
-        self.learned = LearnedNumbers(learned, optimizer=plain, like=table["like"]) if learned else None
-        self.auxiliary_terms = build_auxiliaries(auxiliaries, self.partition, embedding_dim, **table)
-        self.auxiliaries = nn.ModuleList(self.auxiliary_terms)
-        self.prototypes: PrototypeMemory | None = None
-        if variational is not None:
-            self.prototypes = PrototypeMemory(variational, self.partition, embedding_dim, **table)
+        self._build_rest(embedding_dim, optimizer, auxiliaries, variational)
         self.corrects_sampling = sampling_correction or margin.needs_sampling_correction
         self._start()
 
     def _start(self) -> None:
         self.margin_state = self._on_device(self.margin.initial_state(self.partition.num_classes))
         self.statistics: dict[str, Tensor] = {}
+        self.defers_updates = False
         self.pending: PendingStep | None = None
-        self.gather_batch = BatchGather(self.mesh)
+        self.unfinished: PendingStep | None = None
+        self.gather_batch = BatchGather(self.mesh, dtype=self.gather_dtype)
         # exp(logit) and its sum over classes must stay finite in float32 for the softmax to do without a maximum.
         bound = self.margin.logit_bound
         self.bounded = bound is not None and bound + math.log(self.partition.num_classes) < 88
@@ -185,6 +192,23 @@ class PartialFC(nn.Module):
             options |= {"optimizer": optimizer.without_decay(), "init_std": 0.0, "dtype": self.dtype}
             self.class_bias = ClassCenters(self.partition, (1, 1), **options)
 
+    def _build_rest(
+        self,
+        embedding_dim: int,
+        optimizer: CenterOptimizer,
+        auxiliaries: Sequence[Auxiliary],
+        variational: VariationalPrototypes | None,
+    ) -> None:
+        table: dict[str, Any] = {"mesh": self.mesh, "like": torch.empty(0, dtype=self.dtype, device=self.device)}
+        learned = self.margin.initial_learned(self.partition.num_classes)
+        plain = optimizer.without_decay()
+        self.learned = LearnedNumbers(learned, optimizer=plain, like=table["like"]) if learned else None
+        self.auxiliary_terms = build_auxiliaries(auxiliaries, self.partition, embedding_dim, **table)
+        self.auxiliaries = nn.ModuleList(self.auxiliary_terms)
+        self.prototypes: PrototypeMemory | None = None
+        if variational is not None:
+            self.prototypes = PrototypeMemory(variational, self.partition, embedding_dim, **table)
+
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The mean loss over the valid rows of the global batch: a scalar, equal on all ranks.
 
@@ -194,9 +218,16 @@ class PartialFC(nn.Module):
                 but -1 is masked.
 
         Raises:
-            ValueError: if shapes or dtypes are wrong; on every rank, if a label of any rank is out of range.
+            ValueError: if shapes or dtypes are wrong, or the learning rate is; on every rank, if a label of any rank
+                is out of range.
+            RuntimeError: if updates are deferred, and the last one waits for `finish_update`.
         """
         self._check_batch(embeddings, labels)
+        if self.unfinished is not None:
+            raise RuntimeError(
+                "PartialFC was called while the update of its last step waits, since defers_updates is True; call "
+                "finish_update after each backward"
+            )
         if self.training and torch.is_grad_enabled():
             loss: Tensor = TrainingStep.apply(embeddings, self._anchor, self, labels)
             return loss
@@ -204,7 +235,7 @@ class PartialFC(nn.Module):
             embeddings.to(self.dtype), self.label_rows(labels), num_classes=self.partition.num_classes
         )
         self.class_centers.wait()
-        return head_step(self, batch, all_in_play(batch.labels_V, self.partition), with_gradient=False).loss
+        return head_step(self, batch, all_in_play(batch.labels_U, self.partition), with_gradient=False).loss
 
     def update_only_if(self, condition: Tensor) -> None:
         """Ties the update of the loss just computed, whose backward is to come, to one more condition.
@@ -214,6 +245,30 @@ class PartialFC(nn.Module):
         """
         if self.pending is not None:
             self.pending.steps = self.pending.steps & condition
+
+    def finish_update(self, go: bool) -> None:
+        """Makes the update that `backward` has left, if `defers_updates` is True: of everything, or of nothing.
+
+        Nothing moves either if the loss was not finite. The step counts in any case.
+
+        Args:
+            go: whether to make it, the same on all ranks.
+
+        Raises:
+            RuntimeError: if no update waits.
+        """
+        unfinished = self.unfinished
+        if unfinished is None:
+            raise RuntimeError(
+                "finish_update was called on a PartialFC without an update that waits; it belongs after a backward "
+                "with defers_updates set to True, once"
+            )
+        self._forget_steps()
+        unfinished.steps = unfinished.steps & go
+        finish(self, unfinished)
+
+    def _forget_steps(self) -> None:
+        self.pending, self.unfinished = None, None
 
     def gather_class_centers(self) -> Tensor:
         """[num_classes, D] on every rank, or [num_classes, K, D] with K > 1 sub-centers; a copy. Collective."""
@@ -242,7 +297,7 @@ class PartialFC(nn.Module):
             place = tuple((lengths == 0).nonzero()[0].tolist())
             raise ValueError(f"class center {place} is zero, but a cosine needs a direction; draw it at random instead")
         self.class_centers.set(centers.reshape(-1, num_subcenters, dim))
-        self.pending = None
+        self._forget_steps()
 
     def diagnostics(self) -> dict[str, float]:
         """What there is to see of the last step: margin state, learned numbers, terms of the loss. Synchronises."""
@@ -330,5 +385,6 @@ class PartialFC(nn.Module):
                 f"the saved margin state has {sorted(state['margin'])}, but {type(self.margin).__name__} has "
                 f"{sorted(self.margin_state)}; load it into the margin that it was saved from"
             )
-        self.step, self.pending = int(state["step"]), None
+        self.step = int(state["step"])
+        self._forget_steps()
         self.margin_state = self._on_device(state["margin"])

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from partialfc.distributed.collectives import sum_over_shards_
 from partialfc.head.global_batch import GlobalBatch
 from partialfc.head.negatives import Negatives
 from partialfc.head.products import Products
@@ -71,7 +72,7 @@ class Pass:
     Args:
         head: whose class centers.
         batch: the rows.
-        in_play: the classes.
+        in_play: the classes, with the places of the labels of all replicas.
         negatives: what becomes of products.
         aggregate: what is added up.
         bounded: logits need no shift.
@@ -87,7 +88,8 @@ class Pass:
         aggregate: Aggregate,
         bounded: bool,
     ) -> None:
-        self.head, self.batch, self.in_play, self.negatives = head, batch, in_play, negatives
+        self.head, self.batch, self.negatives = head, batch, negatives
+        self.in_play, self._positives = in_play.of_cases(batch.here), in_play
         self.aggregate, self.needs_shift = aggregate, aggregate is Aggregate.LOGSUMEXP and not bounded
         self.products = Products(head.matmul_dtype, head.class_centers.workspace)
         # Not in the workspace: others use that between the two passes.
@@ -116,7 +118,10 @@ class Pass:
         return sums
 
     def second(self, rows: SecondPass, learning_rate: float) -> None:
-        """Moves the class centers, and their biases, by the gradient of the loss."""
+        """Moves the class centers, and their biases, by the gradient of the loss.
+
+        Where there are replicas, gradients are summed over them, a tile at a time: of the same classes on all.
+        """
         head = self.head
         step: dict[str, Any] = {"learning_rate": learning_rate, "step": head.step}
         own_gradient_V1 = rows.own_gradient_V[:, None]
@@ -128,14 +133,18 @@ class Pass:
             add_at_(gradient_Vc, columns_in(tile, self.in_play)[:, None], own_gradient_V1)
             if head.class_bias is not None:
                 # Where classes have a bias, that is a number: see `negatives_of`.
-                bias_c = gradient_Vc.sum(0) * self.negatives.unit_logit
+                bias_c = self._over_replicas_(gradient_Vc.sum(0) * self.negatives.unit_logit, "class biases")
                 before_c11 = head.class_bias.read_rows(tile.rows)
                 head.class_bias.step_(tile.rows, before_c11, bias_c.view(-1, 1, 1), **step)
             gradient_Vm = tile.scale_(self._by_subcenter(gradient_Vc, winner_Vc, tile))
             by_unit_mD = self.products.transposed(gradient_Vm, self._operand_VD, "centers gradient")
             gradient_cKD = tile.raw_gradient(by_unit_mD.view_as(tile.raw_cKD))
+            self._over_replicas_(gradient_cKD, "class centers")
             head.class_centers.step_(tile.rows, tile.raw_cKD, gradient_cKD, place=tile.start, **step)
         head.class_centers.end_step(learning_rate=learning_rate, step=head.step)
+
+    def _over_replicas_(self, gradient: Tensor, what: str) -> Tensor:
+        return sum_over_shards_(gradient, self.head.mesh.replicas, what=f"gradient of {what} of replicas")
 
     def _logits(self, tile: Tile, sums: NegativeSums | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Logits [V, c], the nearest sub-centers [V, c] if there are several, the columns that are no negatives."""
@@ -174,7 +183,7 @@ class Pass:
     def _log_weights(self, tile: Tile) -> Tensor | None:
         if not self.head.corrects_sampling:
             return None
-        return log_weights(columns_in(tile, self.in_play), len(tile.raw_cKD), self.in_play, tile.unit_cKD.dtype)
+        return log_weights(columns_in(tile, self._positives), len(tile.raw_cKD), self._positives, tile.unit_cKD.dtype)
 
     def _raise_shift(self, sums: NegativeSums, logits_Vc: Tensor) -> None:
         """Raises the shift to the largest logit so far, and what was added up becomes less in proportion."""

@@ -17,7 +17,7 @@ a straddling cell that live on this rank, a places for added positives.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -60,6 +60,10 @@ class ClassesInPlay:
         -1.
         """
         return None if self.source is None else self.source.between(0, self.count)
+
+    def of_cases(self, cases: slice) -> ClassesInPlay:
+        """The same classes, with the places of the labels of some cases alone."""
+        return replace(self, owned_V=self.owned_V[cases], slot_V=self.slot_V[cases])
 
     def rows_between(self, start: int, stop: int) -> slice | Tensor:
         """The rows at the places [start, stop) of [0, count), worked out for this call.

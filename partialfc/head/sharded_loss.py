@@ -42,9 +42,9 @@ def similarities(embeddings_BD: Tensor, centers_nKD: Tensor, bias_n: Tensor | No
 def target_cosine(similarity_Vn: Tensor, in_play: ClassesInPlay, mesh: ShardMesh) -> Tensor:
     """[V], the similarity to the own class, wherever it lives; 0 where it lives nowhere. One all-reduce."""
     if similarity_Vn.shape[1] == 0:
-        return sum_over_shards(similarity_Vn.sum(1), mesh)
+        return sum_over_shards(similarity_Vn.sum(1), mesh, what="similarity to the own class")
     local_V = similarity_Vn.gather(1, in_play.slot_V[:, None])[:, 0]
-    return sum_over_shards(torch.where(in_play.owned_V, local_V, 0.0), mesh)
+    return sum_over_shards(torch.where(in_play.owned_V, local_V, 0.0), mesh, what="similarity to the own class")
 
 
 def exclude_own_classes(logits_Vn: Tensor, in_play: ClassesInPlay, labels_per_row: int) -> Tensor:
@@ -84,7 +84,11 @@ def negative_logits(similarity_Vn: Tensor, parameters: Parameters, *, margin: Ma
 
     Per-row numbers that carry a gradient meet different classes on each rank, so their gradient is summed over ranks.
     """
-    shared = {name: copy_to_shards(value, mesh) if value.requires_grad else value for name, value in parameters.items()}
+    what = "gradient of parameters of rows"
+    shared = {
+        name: copy_to_shards(value, mesh, what=what) if value.requires_grad else value
+        for name, value in parameters.items()
+    }
     scale = margin.logit_scale(shared)
     return margin.negative(similarity_Vn, shared) * (scale[:, None] if isinstance(scale, Tensor) else scale)
 
@@ -113,7 +117,7 @@ def _softplus_sum(logits_Vn: Tensor, log_weight_n: Tensor | None, mesh: ShardMes
     # The default threshold of 20 would cost 2e-9.
     terms_Vn = F.softplus(logits_Vn, threshold=50)
     local_V = terms_Vn.sum(1) if log_weight_n is None else terms_Vn @ log_weight_n.exp()
-    return sum_over_shards(local_V, mesh)
+    return sum_over_shards(local_V, mesh, what="sum over negatives")
 
 
 _AGGREGATES: dict[Aggregate, Callable[[Tensor, Tensor | None, ShardMesh, bool], Tensor]] = {

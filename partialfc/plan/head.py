@@ -22,6 +22,7 @@ from partialfc.distributed.mesh import ShardMesh
 from partialfc.distributed.partition import ClassPartition
 from partialfc.feeding import TrainingData
 from partialfc.head import PartialFC
+from partialfc.head.checks import check_replicas
 from partialfc.head.offload import OffloadedCenters
 from partialfc.head.tiles import TILE_NUMBERS
 
@@ -80,9 +81,11 @@ class HeadCost:
         replicated_bytes: what every rank stores whatever the number of classes.
         step: memory of a step.
         num_reductions: all-reduces of [B] numbers in a step.
-        element_bytes: of embeddings and their gradient between ranks.
+        element_bytes: of numbers between ranks.
+        sent_bytes: of numbers of embeddings and their gradient between ranks.
         global_batch_size: B.
         embedding_dim: D.
+        num_replicas: how many nodes have all class centers each; 1 if they are sharded over all ranks.
     """
 
     settings: HeadConfig
@@ -91,8 +94,15 @@ class HeadCost:
     step: StepMemory
     num_reductions: int
     element_bytes: int
+    sent_bytes: int
     global_batch_size: int
     embedding_dim: int
+    num_replicas: int = 1
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows that meet the class centers of a rank: of the global batch, or of its node's share."""
+        return -(-self.global_batch_size // self.num_replicas)
 
     @property
     def bytes_per_class(self) -> int:
@@ -104,42 +114,49 @@ class HeadCost:
         """Whether 16-bit numbers are multiplied."""
         return self.settings.matmul_dtype != "float32"
 
-    def rows_in_play(self, rows: int, num_ranks: int) -> int:
+    def rows_in_play(self, rows: int, num_shards: int) -> int:
         """Classes of a rank that take part in a step: those drawn, and its share of those of the batch."""
         drawn = round(self.settings.sample_rate * rows)
-        return min(rows, drawn + -(-self.global_batch_size // num_ranks))
+        return min(rows, drawn + -(-self.global_batch_size // num_shards))
 
     def table_bytes(self, rows: int, *, on_host: bool) -> int:
         """Of what a rank stores for that many classes, in host memory or on the device."""
         per_class = sum(part.bytes_per_class for part in self.parts if part.on_host == on_host)
         return rows * per_class + (0 if on_host else self.replicated_bytes)
 
-    def staged_bytes(self, rows: int, num_ranks: int) -> int:
+    def staged_bytes(self, rows: int, num_shards: int) -> int:
         """Of rows that are in host memory, and on the device while they are in play."""
-        return self.table_bytes(self.rows_in_play(rows, num_ranks), on_host=True)
+        return self.table_bytes(self.rows_in_play(rows, num_shards), on_host=True)
 
-    def device_bytes(self, rows: int, num_ranks: int) -> int:
+    def device_bytes(self, rows: int, num_shards: int) -> int:
         """On the device: tables, staged rows, and the memory of a step."""
-        stored = self.table_bytes(rows, on_host=False) + self.staged_bytes(rows, num_ranks)
+        stored = self.table_bytes(rows, on_host=False) + self.staged_bytes(rows, num_shards)
         return stored + self.step.bytes_for(rows)
 
     def flop(self, rows_in_play: int) -> int:
         """Of a step: products of embeddings and class centers, twice, and of each with the gradient of the logits."""
-        return 8 * self.global_batch_size * rows_in_play * self.embedding_dim * self.settings.num_subcenters
+        return 8 * self.batch_rows * rows_in_play * self.embedding_dim * self.settings.num_subcenters
 
     def traffic_bytes(self, rows_in_play: int) -> int:
         """Read and written of the tables in a step."""
         return rows_in_play * sum(part.passes * part.bytes_per_class for part in self.parts)
 
 
-def local_rows(num_classes: int, num_ranks: int) -> int:
+def local_rows(num_classes: int, num_shards: int) -> int:
     """Of the rank that has the most, with the empty rows of its last block."""
-    partition = ClassPartition(num_classes, 0, num_ranks)
+    partition = ClassPartition(num_classes, 0, num_shards)
     return len(partition.local_blocks) * partition.block_size
 
 
 def count_head(
-    config: Config, settings: HeadConfig, *, rows: int, global_batch_size: int, path: str, device: str = "cuda"
+    config: Config,
+    settings: HeadConfig,
+    *,
+    rows: int,
+    global_batch_size: int,
+    path: str,
+    num_replicas: int = 1,
+    device: str = "cuda",
 ) -> HeadCost:
     """Counts one head.
 
@@ -149,12 +166,15 @@ def count_head(
         rows: of its classes on the rank.
         global_batch_size: of its data set.
         path: of its section, for messages.
+        num_replicas: how many nodes have all class centers each.
         device: "cuda" or "cpu": where it will run, which decides the size of tiles.
 
     Raises:
         ValueError: if the head cannot be built as configured.
     """
-    dim = config.backbone.embedding_dim
+    dim, batch_rows = config.backbone.embedding_dim, -(-global_batch_size // num_replicas)
+    if num_replicas > 1:
+        _check_replicas(settings, path)
     small, large = (_head(config, settings, size, dim, path=path) for size in (BLOCK, 2 * BLOCK))
     before, after = _buffer_bytes(small), _buffer_bytes(large)
     growth = {name: (after[name] - before[name]) // BLOCK for name in after}
@@ -170,12 +190,26 @@ def count_head(
         settings=settings,
         parts=tuple(parts),
         replicated_bytes=sum(before.values()) - BLOCK * sum(growth.values()),
-        step=_step_memory(_ScaledSteps(config, resident, global_batch_size, path=path, device=device), rows),
+        step=_step_memory(_ScaledSteps(config, resident, batch_rows, path=path, device=device), rows),
         num_reductions=2 if large.bounded else 3,
         element_bytes=large.dtype.itemsize,
+        sent_bytes=(large.gather_dtype or large.dtype).itemsize,
         global_batch_size=global_batch_size,
         embedding_dim=dim,
+        num_replicas=num_replicas,
     )
+
+
+def _check_replicas(settings: HeadConfig, path: str) -> None:
+    try:
+        check_replicas(
+            fused=settings.fused,
+            offload=settings.offload,
+            auxiliaries=settings.auxiliaries,
+            variational=settings.variational,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _buffer_bytes(head: PartialFC) -> dict[str, int]:
@@ -265,17 +299,17 @@ class _ScaledSteps:
     the CPU have buffers of their own, for 8-bit momentum.
     """
 
-    def __init__(self, config: Config, settings: HeadConfig, global_batch_size: int, *, path: str, device: str) -> None:
+    def __init__(self, config: Config, settings: HeadConfig, batch_rows: int, *, path: str, device: str) -> None:
         self.config, self.settings, self.path, self.fused = config, settings, path, settings.fused
         dim = config.backbone.embedding_dim
         if self.fused:
             # So the tiles of the CPU are what those of the device are at full size.
             self.factor = math.sqrt(TILE_NUMBERS[device] / TILE_NUMBERS["cpu"])
         else:
-            smallest = min(dim // _SMALLEST_DIM, global_batch_size // _SMALLEST_BATCH)
+            smallest = min(dim // _SMALLEST_DIM, batch_rows // _SMALLEST_BATCH)
             self.factor = 2.0 ** max(0, smallest.bit_length() - 1)
         self.embedding_dim = max(1, round(dim / self.factor))
-        self.batch_size = max(1, round(global_batch_size / self.factor))
+        self.batch_size = max(1, round(batch_rows / self.factor))
 
     @property
     def full_tiles(self) -> int:

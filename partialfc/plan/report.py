@@ -5,13 +5,16 @@ Shapes: B rows of the global batch, b of a rank's, D embedding dimension, N rank
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 from partialfc.config import Config, HeadConfig
 from partialfc.data import ShardIndex
 from partialfc.plan.backbone import BackboneCost, count_backbone
 from partialfc.plan.head import BLOCK, HeadCost, count_head, local_rows
 from partialfc.plan.sizes import format_bytes
+from partialfc.plan.traffic import Collective, head_collectives, network_bytes
 
 __all__ = ["Machine", "Plan", "make_plan", "plan_table"]
 
@@ -26,9 +29,10 @@ class Machine:
         tflops: 10^12 operations a second of matrix products of 16-bit numbers.
         tflops_fp32: the same, of float32 numbers.
         bandwidth_gb: 10^9 bytes a second between the GPU and its memory.
+        gpus_per_node: how many are in one machine, close to each other; None for all of them.
 
     Raises:
-        ValueError: if one of them is not positive.
+        ValueError: if one of them is not positive, or nodes are not full.
     """
 
     num_gpus: int
@@ -36,10 +40,16 @@ class Machine:
     tflops: float = 989.0
     tflops_fp32: float = 67.0
     bandwidth_gb: float = 3350.0
+    gpus_per_node: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
             raise ValueError(f"--gpus is {self.num_gpus}, but must be at least 1")
+        if self.gpus_per_node is not None and (self.gpus_per_node < 1 or self.num_gpus % self.gpus_per_node):
+            raise ValueError(
+                f"--gpus-per-node is {self.gpus_per_node}, but must be at least 1, and --gpus, {self.num_gpus}, a "
+                "multiple of it"
+            )
         assert self.memory_bytes > 0
         for option, rate in (
             ("--tflops", self.tflops),
@@ -48,6 +58,16 @@ class Machine:
         ):
             if not 0 < rate < float("inf"):
                 raise ValueError(f"{option} is {rate}, but must be positive and finite")
+
+    @property
+    def node_size(self) -> int:
+        """GPUs of a node."""
+        return self.gpus_per_node or self.num_gpus
+
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes."""
+        return self.num_gpus // self.node_size
 
     def flops(self, *, half: bool) -> float:
         """Operations a second."""
@@ -65,6 +85,7 @@ class Plan:
         backbone: its costs.
         local_batch_size: b, of all tasks.
         half: whether the backbone multiplies 16-bit numbers.
+        layouts: on several nodes, the same run for each `head.shard_over` that goes with its options.
     """
 
     machine: Machine
@@ -73,10 +94,19 @@ class Plan:
     backbone: BackboneCost
     local_batch_size: int
     half: bool
+    layouts: dict[str, Plan] = field(default_factory=dict)
+
+    def num_shards(self, name: str) -> int:
+        """Ranks over which the classes of a head are sharded."""
+        return self.machine.num_gpus // self.heads[name].num_replicas
+
+    def rows_in_play(self, name: str) -> int:
+        """Classes of a head on the rank that take part in a step."""
+        return self.heads[name].rows_in_play(self.rows(name), self.num_shards(name))
 
     def rows(self, name: str) -> int:
         """Classes of a head on the rank."""
-        return local_rows(self.identities[name], self.machine.num_gpus)
+        return local_rows(self.identities[name], self.num_shards(name))
 
     @property
     def backbone_bytes(self) -> int:
@@ -87,7 +117,7 @@ class Plan:
 
     def head_bytes(self, name: str) -> int:
         """On the GPU, with the memory of a step."""
-        return self.heads[name].device_bytes(self.rows(name), self.machine.num_gpus)
+        return self.heads[name].device_bytes(self.rows(name), self.num_shards(name))
 
     @property
     def gpu_bytes(self) -> int:
@@ -102,11 +132,11 @@ class Plan:
     @property
     def most_identities(self) -> int:
         """The largest number of identities of the main head that fits, beside backbone and other heads; 0 if none."""
-        num_gpus, head = self.machine.num_gpus, self.heads["main"]
+        num_shards, head = self.num_shards("main"), self.heads["main"]
         room = self.machine.memory_bytes - self.gpu_bytes + self.head_bytes("main")
 
         def fits(blocks: int) -> bool:
-            return head.device_bytes(blocks * BLOCK, num_gpus) <= room
+            return head.device_bytes(blocks * BLOCK, num_shards) <= room
 
         low, high = 0, 1
         while fits(high):
@@ -114,14 +144,14 @@ class Plan:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
-        return low * BLOCK * num_gpus
+        return low * BLOCK * num_shards
 
     @property
     def head_seconds(self) -> float:
         """The least time of a step of all heads: of its operations or of its memory traffic, whichever is longer."""
         seconds = 0.0
         for name, head in self.heads.items():
-            in_play = head.rows_in_play(self.rows(name), self.machine.num_gpus)
+            in_play = self.rows_in_play(name)
             compute = head.flop(in_play) / self.machine.flops(half=head.half)
             seconds += max(compute, head.traffic_bytes(in_play) / (1e9 * self.machine.bandwidth_gb))
         return seconds
@@ -131,26 +161,38 @@ class Plan:
         """The least time of forward and backward pass; the latter counted as twice the former."""
         return 3 * self.local_batch_size * self.backbone.forward_flop / self.machine.flops(half=self.half)
 
+    def collectives(self, name: str) -> list[Collective]:
+        """Those of a head in a step; none on one GPU."""
+        rows = self.rows_in_play(name)
+        return head_collectives(self.heads[name], num_ranks=self.machine.num_gpus, rows_in_play=rows)
+
     @property
     def communication(self) -> list[tuple[str, int, float]]:
         """(collective, its bytes, bytes that a rank sends in a ring) of a step; nothing on one GPU."""
         num = self.machine.num_gpus
         if num == 1:
             return []
-        gather = (num - 1) / num
-        rows: list[tuple[str, int, float]] = []
-        for name, head in self.heads.items():
-            prefix, batch = "" if len(self.heads) == 1 else f"{name}: ", head.global_batch_size
-            embeddings = batch * head.embedding_dim * head.element_bytes
-            labels, numbers = 8 * (batch + num), head.num_reductions * batch * head.element_bytes
-            rows += [
-                (f"{prefix}all-gather of embeddings [B, D]", embeddings, gather),
-                (f"{prefix}all-gather of labels [B]", labels, gather),
-                (f"{prefix}{head.num_reductions} all-reduces of [B]", numbers, 2 * gather),
-                (f"{prefix}reduce-scatter of gradient [B, D]", embeddings, gather),
-            ]
-        rows.append(("backbone: all-reduce of gradient", self.backbone.gradient_bytes, 2 * gather))
-        return [(name, size, share * size) for name, size, share in rows]
+        rows = []
+        for name in self.heads:
+            prefix = "" if len(self.heads) == 1 else f"{name}: "
+            rows += [(f"{prefix}{each.name}", each.size_bytes, each.sent_bytes) for each in self.collectives(name)]
+        gradient = self.backbone.gradient_bytes
+        return [*rows, ("backbone: all-reduce of gradient", gradient, 2 * (num - 1) / num * gradient)]
+
+    @property
+    def network_bytes(self) -> float:
+        """What a node sends to other nodes in a step for its heads."""
+        return sum(
+            network_bytes(
+                self.collectives(name), ranks_per_node=self.machine.node_size, replicated=head.num_replicas > 1
+            )
+            for name, head in self.heads.items()
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory of a GPU is enough for what is counted."""
+        return self.gpu_bytes <= self.machine.memory_bytes
 
 
 def make_plan(config: Config, machine: Machine, *, identities: int | None = None) -> Plan:
@@ -171,18 +213,40 @@ def make_plan(config: Config, machine: Machine, *, identities: int | None = None
     for name, task in config.tasks.items():
         settings[name], directories[name] = task.head, task.data_directory
         batch_sizes[name] = task.global_batch_size
-    counts, heads = {}, {}
+    counts = {}
     for name, head in settings.items():
-        path = "head" if name == "main" else f"tasks.{name}.head"
         if name == "main" and identities is not None:
             counts[name] = identities
         else:
-            counts[name] = _num_classes(head, directories[name] / "train", path)
-        rows = local_rows(counts[name], machine.num_gpus)
-        heads[name] = count_head(config, head, rows=rows, global_batch_size=batch_sizes[name], path=path)
+            counts[name] = _num_classes(head, directories[name] / "train", _path(name))
+
+    @cache
+    def cost(name: str, shard_over: str) -> HeadCost:
+        replicas = machine.num_nodes if shard_over == "node" else 1
+        return count_head(
+            config,
+            settings[name],
+            rows=local_rows(counts[name], machine.num_gpus // replicas),
+            global_batch_size=batch_sizes[name],
+            path=_path(name),
+            num_replicas=replicas,
+        )
+
     local_batch_size = sum(-(-size // machine.num_gpus) for size in batch_sizes.values())
-    half = config.training.precision == "bf16"
-    return Plan(machine, heads, counts, count_backbone(config), local_batch_size, half)
+    half = config.training.precision != "fp32"
+    heads = {name: cost(name, head.shard_over) for name, head in settings.items()}
+    plan = Plan(machine, heads, counts, count_backbone(config), local_batch_size, half)
+    if machine.num_nodes == 1:
+        return plan
+    layouts = {"all": replace(plan, heads={name: cost(name, "all") for name in settings})}
+    # Not with every option.
+    with suppress(ValueError):
+        layouts["node"] = replace(plan, heads={name: cost(name, "node") for name in settings})
+    return replace(plan, layouts=layouts)
+
+
+def _path(name: str) -> str:
+    return "head" if name == "main" else f"tasks.{name}.head"
 
 
 def _num_classes(head: HeadConfig, directory: object, path: str) -> int:
@@ -202,6 +266,7 @@ def plan_table(plan: Plan) -> str:
     """The plan as text."""
     sections = [_head_section(plan, name) for name in plan.heads]
     sections += [_memory_section(plan), _time_section(plan), _communication_section(plan)]
+    sections += [_layout_section(plan)] if plan.layouts else []
     return "\n\n".join(sections)
 
 
@@ -213,7 +278,7 @@ def _rows(rows: list[tuple[str, str]]) -> str:
 
 def _head_section(plan: Plan, name: str) -> str:
     head, rows = plan.heads[name], plan.rows(name)
-    in_play = head.rows_in_play(rows, plan.machine.num_gpus)
+    in_play = plan.rows_in_play(name)
     centers = f", {head.settings.num_subcenters} sub-centers each" if head.settings.num_subcenters > 1 else ""
     title = f"Head {name}: {plan.identities[name]:,} identities, D = {head.embedding_dim}{centers}"
     parts = [
@@ -242,7 +307,7 @@ def _memory_section(plan: Plan) -> str:
     ]
     for name, head in plan.heads.items():
         count = plan.rows(name)
-        staged = head.staged_bytes(count, num_gpus)
+        staged = head.staged_bytes(count, plan.num_shards(name))
         rows.append((f"head {name}: tables of {count:,} classes", format_bytes(head.table_bytes(count, on_host=False))))
         if staged:
             rows.append((f"head {name}: staged rows of a step", format_bytes(staged)))
@@ -256,7 +321,7 @@ def _memory_section(plan: Plan) -> str:
         rows.append(("host memory for this rank", format_bytes(plan.host_bytes)))
     most = plan.most_identities
     rows.append((f"most identities in head main on {gpus}", f"{most:,}"))
-    if most and (host := plan.heads["main"].table_bytes(local_rows(most, num_gpus), on_host=True)):
+    if most and (host := plan.heads["main"].table_bytes(local_rows(most, plan.num_shards("main")), on_host=True)):
         rows.append(("host memory that each rank needs for so many", format_bytes(host)))
     return (
         "memory of a GPU (counted, but where it says estimate)\n"
@@ -293,3 +358,26 @@ def _communication_section(plan: Plan) -> str:
         for name, size, sent in plan.communication
     ]
     return f"{title}\n{_rows(rows)}"
+
+
+def _layout_section(plan: Plan) -> str:
+    machine, nodes = plan.machine, plan.machine.num_nodes
+    title = f"class centers over {nodes} nodes of {machine.node_size} GPUs (counted from shapes)"
+    words = {"all": "sharded over all ranks", "node": "all of them on each node"}
+    rows = [
+        (
+            f"head.shard_over={layout}: {words[layout]}",
+            f"sent by a node: {format_bytes(round(each.network_bytes)):>11}   "
+            f"memory of a GPU: {format_bytes(each.gpu_bytes):>11}",
+        )
+        for layout, each in plan.layouts.items()
+    ]
+    if "node" not in plan.layouts:
+        return f"{title}\n{_rows(rows)}\n  an option of a head does not go with head.shard_over=node"
+    everywhere, each_node = plan.layouts["all"], plan.layouts["node"]
+    chosen, why = "all", "a node sends less"
+    if not each_node.fits:
+        why = "with node a GPU has too little memory"
+    elif each_node.network_bytes < everywhere.network_bytes:
+        chosen = "node"
+    return f"{title}\n{_rows(rows)}\n  recommended: head.shard_over={chosen}, since {why}"

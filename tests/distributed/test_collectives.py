@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import torch
 from head_cases import ProbeMargin
 from support import run_distributed
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from traffic import CountCollectives
 
 from partialfc import PartialFC
 from partialfc.distributed.collectives import (
@@ -46,19 +45,6 @@ from partialfc.margins import (
 )
 
 INF = float("inf")
-
-
-class CountCollectives(TorchDispatchMode):
-    """Counts collectives by kind, whichever function of torch.distributed starts them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self.counts[func._schema.name.removeprefix("c10d::")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

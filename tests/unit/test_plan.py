@@ -302,6 +302,69 @@ def test_collectives(path: Path) -> None:
     assert small_plan(path, gpus=1).communication == []
 
 
+def test_embeddings_in_16_bits_are_half_the_bytes(path: Path) -> None:
+    sizes = [size for _, size, _ in small_plan(path, "head.gather_dtype=bfloat16").communication]
+    assert sizes[:-1] == [64 * D * 2, 8 * (64 + 4), 2 * 64 * 4, 64 * D * 2]
+
+
+NODES = Machine(4, GIB, gpus_per_node=2)
+
+
+def test_class_centers_over_nodes(path: Path) -> None:
+    """What a node sends, by hand: a ring over all ranks leaves it once; with replicas there is one for each rank."""
+    plan = make_plan(load_config(path), NODES, identities=1000)
+    flat = 0.75 * (64 * D * 4 + 8 * (64 + 4) + 2 * 2 * 64 * 4 + 64 * D * 4)
+    assert plan.layouts["all"].network_bytes == plan.network_bytes == flat
+    node, rows = plan.layouts["node"], local_rows(1000, 2)
+    assert node.rows("main") == rows == 504
+    assert node.network_bytes == 2 * (0.5 * 8 * (64 + 4) + 2 * 0.5 * rows * D * 4)
+    # In a node only its share of the batch is gathered.
+    assert [size for _, size, _ in node.communication] == [
+        32 * D * 4,
+        8 * (32 + 2),
+        2 * 32 * 4,
+        32 * D * 4,
+        8 * (64 + 4),
+        rows * D * 4,
+        plan.backbone.gradient_bytes,
+    ]
+    assert node.heads["main"].table_bytes(rows, on_host=False) == 2 * 4 * D * rows
+    assert "recommended: head.shard_over=all, since a node sends less" in plan_table(plan)
+
+
+def test_few_classes_in_play_are_better_on_each_node(path: Path) -> None:
+    overrides = ["training.global_batch_size=4096", "head.shard_over=node"]
+    plan = make_plan(load_config(path, overrides), NODES, identities=500)
+    assert plan.network_bytes == plan.layouts["node"].network_bytes < plan.layouts["all"].network_bytes
+    assert "recommended: head.shard_over=node, since a node sends less" in plan_table(plan)
+    sampled = make_plan(load_config(path, ["head.sample_rate=0.1"]), NODES, identities=10_000).layouts["node"]
+    # Of the labels of the global batch, a shard has half.
+    assert sampled.rows_in_play("main") == round(0.1 * local_rows(10_000, 2)) + 32
+    # Twice as many on each GPU.
+    config = load_config(path)
+    all_bytes, node_bytes = (each.gpu_bytes for each in make_plan(config, NODES, identities=100_000).layouts.values())
+    assert node_bytes > all_bytes + 0.8 * 25_000 * 8 * D
+    many = make_plan(config, Machine(4, node_bytes - 1, gpus_per_node=2), identities=100_000)
+    assert many.layouts["all"].fits
+    assert not many.layouts["node"].fits
+    assert "head.shard_over=all, since with node a GPU has too little memory" in plan_table(many)
+
+
+def test_options_that_do_not_go_on_each_node(path: Path) -> None:
+    overrides = ["head.sample_rate=0.5", "head.offload=true"]
+    plan = make_plan(load_config(path, overrides), NODES, identities=1000)
+    assert list(plan.layouts) == ["all"]
+    assert "an option of a head does not go with head.shard_over=node" in plan_table(plan)
+    with pytest.raises(
+        ValueError, match=r"head: class centers that are replicated over nodes .* with offload; set it to"
+    ):
+        make_plan(load_config(path, [*overrides, "head.shard_over=node"]), NODES, identities=1000)
+    # On one node there is nothing to replicate over.
+    alone = small_plan(path, *overrides, "head.shard_over=node")
+    assert alone.layouts == {}
+    assert "over nodes" not in plan_table(alone)
+
+
 def test_other_tasks_take_room_of_the_main_head(path: Path) -> None:
     alone = small_plan(path)
     task = (
@@ -335,6 +398,10 @@ def test_where_the_number_of_identities_comes_from(path: Path, tmp_path: Path) -
         (["--gpus", "1", "--gpu-memory", "1GB", "--bandwidth", "inf"], "--bandwidth is inf, but must be positive"),
         (["--gpus", "1", "--gpu-memory", "1GB", "--identities", "0"], "--identities is 0, but must be at least 1"),
         (["--gpus", "1", "--gpu-memory", "1GB", "head.nothing=1"], "head.nothing: unknown key"),
+        (
+            ["--gpus", "6", "--gpu-memory", "1GB", "--gpus-per-node", "4"],
+            "--gpus-per-node is 4, but must be at least 1",
+        ),
     ],
 )
 def test_errors(path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

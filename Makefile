@@ -7,7 +7,7 @@ STAMP := $(VENV)/.complete
 QUICKSTART_DATA := data/quickstart
 QUICKSTART_RUN := runs/quickstart
 
-.PHONY: setup quickstart test soak lint types format clean
+.PHONY: setup quickstart test soak slurm-test lint types format clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,14 @@ test: setup lint types
 
 soak: setup
 	$(BIN)/python -m pytest -m soak
+
+# Needs Debian or Ubuntu, and root or sudo: Slurm is installed, and a cluster of three nodes runs on this host meanwhile.
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge
+slurm-test: setup
+	@dpkg-query --show $(SLURM_PACKAGES) >/dev/null 2>&1 || { \
+	    if [ "$$(id -u)" = 0 ]; then root=; else root=sudo; fi; \
+	    $$root apt-get update && $$root apt-get install --yes --no-install-recommends $(SLURM_PACKAGES); }
+	PARTIALFC_SLURM=1 $(BIN)/python -m pytest -v tests/slurm
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,11 +6,10 @@ the sections `data` and `head`, and the others are those of `tasks`. Each takes 
 
 from __future__ import annotations
 
-import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,27 +18,24 @@ from partialfc.backbones import build_backbone
 from partialfc.checkpoint import CheckpointStore
 from partialfc.config import Config, HeadConfig
 from partialfc.data import JoinedIndex, Loader, RankSteps, ShardIndex
+from partialfc.distributed.launch import node_mesh
 from partialfc.distributed.mesh import ShardMesh
-from partialfc.engine import BackboneEngine, DDPEngine
-from partialfc.evaluate import autocast_dtype, open_verification
+from partialfc.engine import BackboneEngine, EngineSettings, build_engine
+from partialfc.evaluate import open_verification
 from partialfc.feeding import TrainingData, check_stages, make_loader, open_training_data
 from partialfc.head import HeadGroup, PartialFC
 from partialfc.keyed import hash64
-from partialfc.optim import build_optimizer
+from partialfc.optim import build_optimizer, learning_rate_at
 
 __all__ = [
+    "Progress",
     "Run",
     "Task",
     "assemble",
     "build_backbone_optimizer",
     "build_head",
-    "checkpoint_facts",
-    "checkpoint_state",
-    "resume",
     "task_loader",
 ]
-
-logger = logging.getLogger(__name__)
 
 _TASK_STREAM = 5  # keeps these hashes apart from those of other parts that use the same seed
 
@@ -83,13 +79,27 @@ class Task:
 
 
 @dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: steps done.
+        unwritten_losses: of the last steps, whose mean is to be written.
+        skipped_steps: how many of the last steps were not finite, in a row.
+    """
+
+    step: int = 0
+    unwritten_losses: list[float] = field(default_factory=list)
+    skipped_steps: int = 0
+
+
+@dataclass
 class Run:
     """The parts of a run.
 
     Attributes:
         tasks: by name, "main" first, in the order of the heads.
         total_steps: of the whole run.
-        step: steps done.
     """
 
     config: Config
@@ -101,7 +111,12 @@ class Run:
     heads: HeadGroup
     store: CheckpointStore
     total_steps: int
-    step: int = 0
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.progress.step
 
     @property
     def directory(self) -> Path:
@@ -118,21 +133,28 @@ class Run:
         """Images of a step over all ranks and tasks."""
         return sum(task.global_batch_size for task in self.tasks.values())
 
+    def learning_rate(self, base: float, step: int) -> float:
+        """That of step number `step`, counted from 0, where the schedule is at 1 for `base`."""
+        main = self.tasks["main"]
+        steps_an_epoch = main.data.plan.num_samples / main.global_batch_size
+        return learning_rate_at(
+            step,
+            base=base,
+            total_steps=self.total_steps,
+            warmup_steps=min(round(self.config.training.warmup_epochs * steps_an_epoch), self.total_steps),
+            schedule=self.config.training.schedule,
+        )
 
-def assemble(config: Config, mesh: ShardMesh, device: torch.device) -> Run:
-    """Opens the data and builds backbone, heads and the rest; nothing is written.
+
+def assemble(config: Config, tasks: dict[str, Task], mesh: ShardMesh, device: torch.device) -> Run:
+    """Builds backbone, heads and the rest; nothing is written. Collective.
 
     Raises:
-        ValueError, OSError: if the configuration or the data cannot be used.
+        ValueError, OSError: if the configuration or the verification data cannot be used.
     """
-    tasks = _open_tasks(config)
     check_stages(config.data)
     verification_index = open_verification(config) if config.evaluation.enabled else None
-    if config.training.global_batch_size < 2 * mesh.size:
-        raise ValueError(
-            f"training.global_batch_size is {config.training.global_batch_size}, but must be at least 2 for each of "
-            f"the {mesh.size} ranks: batch norm needs two images"
-        )
+    _check_portions(config, mesh)
     torch.manual_seed(config.run.seed)
     backbone = build_backbone(
         config.backbone.name,
@@ -140,15 +162,42 @@ def assemble(config: Config, mesh: ShardMesh, device: torch.device) -> Run:
         image_size=config.data.image_size,
         **config.backbone.options,
     ).to(device)
-    heads = HeadGroup({name: build_head(name, task, config, mesh, device) for name, task in tasks.items()})
+    head_meshes = _head_meshes(config, tasks, mesh)
+    heads = HeadGroup(
+        {
+            name: build_head(name, task, config, head_meshes[task.head.shard_over], device)
+            for name, task in tasks.items()
+        }
+    )
     main = tasks["main"]
     total_steps = math.ceil(config.training.epochs * main.data.plan.num_samples / main.global_batch_size)
-    store = CheckpointStore(config.run.directory / "checkpoints", mesh=mesh, keep_last=config.checkpoint.keep_last)
+    store = CheckpointStore(
+        config.run.directory / "checkpoints",
+        mesh=mesh,
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+    )
     engine = _build_engine(config, backbone, mesh)
+    heads.defers_updates = config.training.precision == "fp16"
     return Run(config, mesh, device, tasks, verification_index, engine, heads, store, total_steps)
 
 
-def _open_tasks(config: Config) -> dict[str, Task]:
+def _check_portions(config: Config, mesh: ShardMesh) -> None:
+    batch, portions = config.training.global_batch_size, config.training.accumulation_steps
+    if batch < 2 * mesh.size * portions:
+        each = f" and training.accumulation_steps={portions} portions" if portions > 1 else ""
+        raise ValueError(
+            f"training.global_batch_size is {batch}, but must be at least 2 for each of the {mesh.size} ranks{each}: "
+            "batch norm needs two images"
+        )
+
+
+def open_tasks(config: Config) -> dict[str, Task]:
+    """The data of a run, "main" first. No rank waits for another in here.
+
+    Raises:
+        ValueError, OSError: if the configuration or the data cannot be used.
+    """
     opened = {"main": (config.data.directory, config.head, config.training.global_batch_size, config.run.seed)}
     for number, (name, task) in enumerate(config.tasks.items(), start=1):
         seed = hash64(config.run.seed, _TASK_STREAM, number)
@@ -159,6 +208,13 @@ def _open_tasks(config: Config) -> dict[str, Task]:
         data = open_training_data(config.data, directory, seed=seed, global_batch=global_batch, path=path)
         tasks[name] = Task(data, head, global_batch, seed)
     return tasks
+
+
+def _head_meshes(config: Config, tasks: dict[str, Task], mesh: ShardMesh) -> dict[str, ShardMesh]:
+    """By what class centers are sharded over."""
+    if all(task.head.shard_over == "all" for task in tasks.values()):
+        return {"all": mesh}
+    return {"all": mesh, "node": node_mesh(timeout_seconds=config.supervision.collective_timeout_seconds)}
 
 
 def build_head(name: str, task: Task, config: Config, mesh: ShardMesh, device: torch.device) -> PartialFC:
@@ -178,7 +234,9 @@ def build_head(name: str, task: Task, config: Config, mesh: ShardMesh, device: t
             matmul_dtype=None if settings.matmul_dtype == "float32" else getattr(torch, settings.matmul_dtype),
             device=device,
             seed=task.seed,
+            gather_dtype=None if settings.gather_dtype == "float32" else getattr(torch, settings.gather_dtype),
             process_group=mesh.group,
+            replicate_over=mesh.replicate_over,
             **{name: getattr(settings, name) for name in _SAME_ARGUMENTS},
         )
     except ValueError as error:
@@ -210,72 +268,22 @@ def build_backbone_optimizer(config: Config, backbone: nn.Module) -> torch.optim
 
 
 def _build_engine(config: Config, backbone: nn.Module, mesh: ShardMesh) -> BackboneEngine:
-    return DDPEngine(
-        backbone,
-        build_backbone_optimizer(config, backbone),
-        mesh=mesh,
-        autocast_dtype=autocast_dtype(config),
+    settings = EngineSettings(
+        precision=config.training.precision,
         max_gradient_norm=config.optimizer.max_gradient_norm,
+        portions=config.training.accumulation_steps,
+        activation_checkpointing=config.engine.activation_checkpointing,
+        compile=config.engine.compile,
+        sync_batch_norm=config.engine.sync_batch_norm,
+        ema_decay=config.engine.ema_decay,
+        zero_stage=config.engine.zero_stage,
+        deepspeed_json=config.engine.deepspeed_json,
     )
-
-
-def checkpoint_facts(run: Run) -> dict[str, Any]:
-    """What must be the same when a run goes on: with another value the checkpoint means something else."""
-    facts: dict[str, Any] = {"seed": run.config.run.seed, "tasks": list(run.tasks)}
-    for name, task in run.tasks.items():
-        prefix, head = "" if name == "main" else f"{name}/", run.heads[name]
-        task_facts = {
-            "global_batch_size": task.global_batch_size,
-            "num_classes": head.partition.num_classes,
-            "data_fingerprint": task.index.fingerprint,
-            "data_order": task.data.order,
-            # A margin that remembers nothing may be exchanged for another one of that kind.
-            "margin_with_memory": type(head.margin).__name__ if head.margin_remembers else None,
-            "num_subcenters": task.head.num_subcenters,
-            "auxiliaries": [type(term).__name__ for term in task.head.auxiliaries],
-            "variational": task.head.variational is not None,
-            "center_optimizer": type(task.head.center_optimizer).__name__,
-            "center_storage": head.class_centers.storage,
-        }
-        facts |= {f"{prefix}{key}": value for key, value in task_facts.items()}
-    return facts
-
-
-def checkpoint_state(run: Run) -> dict[str, Any]:
-    """Everything that changes in a run. Collective."""
-    return {**run.engine.state_dict(), "head": run.heads.state_dict(), "progress": {"step": run.step}}
-
-
-def resume(run: Run) -> None:
-    """Goes on from the newest good checkpoint, if there is one. Collective.
-
-    Raises:
-        ValueError: if the checkpoint is that of another run, or past the end of this one.
-        CheckpointError: if there are checkpoints, but none that can be loaded.
-    """
-    path = run.store.latest()
-    if path is None:
-        return
-    metadata = run.store.metadata(path)
-    for name, value in checkpoint_facts(run).items():
-        if metadata.get(name) != value:
-            raise ValueError(
-                f"{path} was saved with {name} {metadata.get(name)!r}, but this run has {value!r}; "
-                "give the run the old value, or another run.directory"
-            )
-    state = checkpoint_state(run)
-    run.store.load(path, state)
-    step = int(state["progress"]["step"])
-    if step > run.total_steps:
-        raise ValueError(
-            f"{path} is at step {step}, but training.epochs={run.config.training.epochs:g} ends at step "
-            f"{run.total_steps}; train for longer, or choose another run.directory"
-        )
-    run.engine.load_state_dict(state)
-    run.heads.load_state_dict(state["head"])
-    run.step = step
-    if run.is_first_rank:
-        logger.info("going on from %s, step %d of %d", path, run.step, run.total_steps)
+    make_optimizer = partial(build_backbone_optimizer, config)
+    try:
+        return build_engine(config.engine.name, backbone, make_optimizer=make_optimizer, mesh=mesh, settings=settings)
+    except ValueError as error:
+        raise ValueError(f"engine: {error}") from error
 
 
 def task_loader(run: Run, task: Task) -> Loader:

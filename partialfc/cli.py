@@ -1,4 +1,4 @@
-"""The command line: `partialfc train | evaluate | plan | data ... | config-schema`."""
+"""The command line: `partialfc train | evaluate | plan | data ... | checkpoint ... | config-schema`."""
 
 from __future__ import annotations
 
@@ -7,41 +7,70 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+from partialfc.checkpoint_commands import add_checkpoint_commands
 from partialfc.data_commands import add_data_commands
-from partialfc.distributed.launch import rank_from_environment
+from partialfc.distributed.ranks import rank_from_environment
+from partialfc.supervision.exit_codes import EXIT_OK, EXIT_RETRY, EXIT_USER_ERROR
+from partialfc.supervision.signals import StopSignals
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, or 2 with one message on standard error for a user's mistake."""
+    """Runs one command; returns its exit code, one of `partialfc.supervision.exit_codes`.
+
+    A user's mistake is one message on standard error.
+    """
     options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    # Before torch is imported, which takes seconds.
+    with StopSignals() if options.command == _train else nullcontext() as signals:
+        return _run(options, signals)
+
+
+def _run(options: argparse.Namespace, signals: StopSignals | None) -> int:
     # Imported late: the message of a mistyped command need not wait for torch.
     from partialfc.checkpoint import CheckpointError
+    from partialfc.distributed.launch import RendezvousError
+    from partialfc.supervision.agreement import SupervisionError
     from partialfc.train import DivergedError
 
     try:
-        options.command(options)
+        if signals is not None:
+            _train(options, signals)
+            return EXIT_OK
+        code: int | None = options.command(options)
+    except SupervisionError as error:
+        if not error.agreed or rank_from_environment() == 0:
+            _say(error)
+        return error.exit_code
+    except RendezvousError as error:
+        _say(error)
+        return EXIT_RETRY
     except (ValueError, OSError, ImportError, CheckpointError, DivergedError) as error:
-        rank = rank_from_environment()
-        place = f" (rank {rank})" if rank else ""
-        print(f"partialfc: error{place}: {error}", file=sys.stderr)
-        return 2
+        _say(error)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("partialfc: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or EXIT_OK
 
 
-def _train(options: argparse.Namespace) -> None:
+def _say(error: Exception) -> None:
+    rank = rank_from_environment()
+    place = f" (rank {rank})" if rank else ""
+    print(f"partialfc: error{place}: {error}", file=sys.stderr)
+
+
+def _train(options: argparse.Namespace, signals: StopSignals) -> None:
     from partialfc.config import load_config
     from partialfc.evaluate import result_table
     from partialfc.train import train
 
-    trained = train(load_config(options.config, options.overrides))
+    trained = train(load_config(options.config, options.overrides), signals=signals)
     if rank_from_environment() == 0 and trained.verifications:
         print(result_table(trained.verifications))
 
@@ -59,7 +88,8 @@ def _plan(options: argparse.Namespace) -> None:
     from partialfc.plan import Machine, make_plan, parse_bytes, plan_table
 
     memory_bytes = parse_bytes(options.gpu_memory, name="--gpu-memory")
-    machine = Machine(options.gpus, memory_bytes, options.tflops, options.tflops_fp32, options.bandwidth)
+    rates = options.tflops, options.tflops_fp32, options.bandwidth
+    machine = Machine(options.gpus, memory_bytes, *rates, gpus_per_node=options.gpus_per_node)
     config = load_config(options.config, options.overrides)
     print(plan_table(make_plan(config, machine, identities=options.identities)))
 
@@ -100,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     schema.set_defaults(command=_schema)
 
     add_data_commands(commands.add_parser("data", help="make, check and rearrange data sets"))
+    add_checkpoint_commands(commands.add_parser("checkpoint", help="look at, check, export and rewrite checkpoints"))
     return parser
 
 
@@ -107,6 +138,7 @@ def _add_plan_command(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("config", type=Path, help="a YAML file; its data need not exist")
     plan.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override one value of the file")
     plan.add_argument("--gpus", type=int, required=True, help="how many, one rank on each")
+    plan.add_argument("--gpus-per-node", type=int, default=None, help="how many are in one machine; default: all")
     plan.add_argument("--gpu-memory", required=True, metavar="SIZE", help="of each, such as 80GiB, 80GB or 512MiB")
     plan.add_argument("--identities", type=int, default=None, help="default: head.num_classes, or those of the data")
     plan.add_argument("--tflops", type=float, default=989.0, help="of 16-bit products; default: %(default)s (H100 SXM)")

@@ -63,7 +63,7 @@ class Verification:
 
 def autocast_dtype(config: Config) -> torch.dtype | None:
     """The precision that the backbone runs in under autocast; None for fp32."""
-    return {"fp32": None, "bf16": torch.bfloat16}[config.training.precision]
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.training.precision]
 
 
 def open_verification(config: Config) -> ShardIndex:
@@ -120,6 +120,8 @@ def _with_warnings(batches: Iterable[Batch]) -> Iterator[Batch]:
 def load_backbone(run_directory: str | Path) -> tuple[nn.Module, Config]:
     """The trained backbone of a run, on the CPU and in evaluation mode, and the run's configuration.
 
+    Its weights are the averaged ones if the run has those (engine.ema_decay).
+
     It maps float images [b, 3, H, W] in [-1, 1], RGB (see `partialfc.data.normalize_images`), to embeddings [b, D].
 
     Raises:
@@ -137,8 +139,11 @@ def load_backbone(run_directory: str | Path) -> tuple[nn.Module, Config]:
         **config.backbone.options,
     )
     state = {"backbone": backbone.state_dict()}
+    if "ema" in store.metadata(path)["sections"]:
+        floating = {name: value for name, value in backbone.state_dict().items() if value.is_floating_point()}
+        state["ema"] = {name: torch.empty_like(value) for name, value in floating.items()}
     store.load(path, state)
-    backbone.load_state_dict(state["backbone"])
+    backbone.load_state_dict({**state["backbone"], **state.get("ema", {})})
     return backbone.eval(), config
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import subprocess
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,13 +35,68 @@ def _entry(
     dist.destroy_process_group()
 
 
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Ranks:
+    """Processes that are the ranks of one run, and where their standard error goes."""
+
+    def __init__(self, processes: list[subprocess.Popen[bytes]], directory: Path) -> None:
+        self.processes, self.directory = processes, directory
+
+    def wait_until_ready(self) -> None:
+        """Until each has written "ready"."""
+        for rank, process in enumerate(self.processes):
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n", self.errors(rank)
+
+    def ended(self, timeout: float = 60.0) -> list[int]:
+        """The exit codes of all."""
+        return [process.wait(timeout) for process in self.processes]
+
+    def errors(self, rank: int) -> str:
+        return (self.directory / f"stderr-{rank}").read_text()
+
+    def seconds_until(self, rank: int, pattern: str) -> float:
+        """Until a rank has said what matches."""
+        started = time.monotonic()
+        while not re.search(pattern, self.errors(rank)):
+            assert time.monotonic() - started < 60, self.errors(rank)
+            time.sleep(0.1)
+        return time.monotonic() - started
+
+
+@contextmanager
+def running_ranks(directory: Path, commands: list[list[str]], **environment: str) -> Iterator[Ranks]:
+    """Starts a command for each rank, as srun would; kills what is left at the end."""
+    port, processes = str(free_port()), []
+    for rank, command in enumerate(commands):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(commands))}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        with (directory / f"stderr-{rank}").open("wb") as errors:
+            processes.append(
+                subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **place, **environment}
+                )
+            )
+    try:
+        yield Ranks(processes, directory)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
 def run_distributed(function: Callable[..., None], world_size: int, *args: Any) -> None:
     """Runs `function(rank, world_size, *args)` in `world_size` gloo processes; the first failure is raised here."""
     context = mp.get_context("spawn")
     errors = context.SimpleQueue()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         context.Process(target=_entry, args=(rank, function, world_size, port, args, errors))
         for rank in range(world_size)
@@ -50,3 +110,18 @@ def run_distributed(function: Callable[..., None], world_size: int, *args: Any) 
         reports.append(errors.get())
     assert not reports, "\n".join(reports)
     assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
+
+
+def checkpoint_tensors(run: Path, name: str) -> dict[str, Any]:
+    """Every entry of a checkpoint of a run, by its path, loaded without the trainer."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    whole = run / f"{name}.pt"
+    dcp_to_torch_save(run / "checkpoints" / name, whole)
+    return _flat(torch.load(whole, weights_only=False))
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{path}/{name}").items()}
+    return {path: value}

@@ -5,16 +5,18 @@ a schedule and a sampling are replaced, not merged, when their name changes: the
 another. On the command line, `head.sample_rate=0.1` overrides one value.
 """
 
-from partialfc.config.loading import dump_config, json_schema, load_config, write_config
-from partialfc.config.sections import CENTER_OPTIMIZERS, Config, DataConfig, HeadConfig, TaskConfig
+from partialfc.config.loading import dump_config, flat_settings, json_schema, load_config, write_config
+from partialfc.config.sections import CENTER_OPTIMIZERS, Config, DataConfig, EngineConfig, HeadConfig, TaskConfig
 
 __all__ = [
     "CENTER_OPTIMIZERS",
     "Config",
     "DataConfig",
+    "EngineConfig",
     "HeadConfig",
     "TaskConfig",
     "dump_config",
+    "flat_settings",
     "json_schema",
     "load_config",
     "write_config",

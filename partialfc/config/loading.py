@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from partialfc.config.choices import suggestion
 from partialfc.config.sections import Config
 
-__all__ = ["dump_config", "json_schema", "load_config", "write_config"]
+__all__ = ["dump_config", "flat_settings", "json_schema", "load_config", "write_config"]
 
 # What is replaced when its name changes (see `_merge`), and the name it has when none is given.
 _CHOICES = {
@@ -80,6 +80,18 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def flat_settings(config: Config) -> dict[str, Any]:
+    """Every value by its dotted path, as JSON has it: to compare configurations. Tuples are single values."""
+
+    def walk(value: Any, path: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            return {path: value}
+        inner = (walk(entry, f"{path}.{key}" if path else key) for key, entry in value.items())
+        return {name: leaf for leaves in inner for name, leaf in leaves.items()}
+
+    return walk(config.model_dump(mode="json"), "")
+
+
 def write_config(config: Config, *, first_rank: bool) -> None:
     """Makes `run.directory` and, on the first rank, writes the resolved configuration into it as config.yaml.
 
@@ -90,7 +102,10 @@ def write_config(config: Config, *, first_rank: bool) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if first_rank:
-            (directory / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            # In one rename: a run that is killed in here must still be one that can be evaluated.
+            partial = directory / "config.yaml.tmp"
+            partial.write_text(dump_config(config), encoding="utf-8")
+            partial.replace(directory / "config.yaml")
     except OSError as error:
         raise OSError(f"run.directory {directory} cannot be written: {error}") from error
     if not os.access(directory, os.W_OK):

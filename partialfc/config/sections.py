@@ -18,7 +18,7 @@ from partialfc.head.optimizers import CenterAdagrad, CenterAdamW, CenterOptimize
 from partialfc.margins import AUXILIARIES, MARGINS, Auxiliary, Margin
 from partialfc.optim import SCHEDULES, Cosine, MultiStep, Polynomial
 
-__all__ = ["CENTER_OPTIMIZERS", "Config", "DataConfig", "HeadConfig", "TaskConfig"]
+__all__ = ["CENTER_OPTIMIZERS", "Config", "DataConfig", "EngineConfig", "HeadConfig", "TaskConfig"]
 
 CENTER_OPTIMIZERS: dict[str, type] = {"sgd": CenterSGD, "adamw": CenterAdamW, "adagrad": CenterAdagrad}
 
@@ -170,6 +170,13 @@ class HeadConfig(_Section):
     matmul_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of operands; logits are float32"
     )
+    gather_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="in which embeddings and their gradients travel between ranks"
+    )
+    shard_over: Literal["all", "node"] = Field(
+        default="all",
+        description="node: each node holds all class centers, sharded over its ranks, in step with the others",
+    )
     fused: bool = Field(default=True, description="false: autograd over all logits; the same results, slower")
     offload: bool = Field(default=False, description="class centers in host memory, rows of a step on the device")
     init_std: float = Field(default=0.01, gt=0, description="standard deviation of initial class-center elements")
@@ -211,7 +218,10 @@ class TrainingConfig(_Section):
     epochs: float = Field(gt=0, le=1e6, description="passes over the data; may be a fraction")
     warmup_epochs: float = Field(default=0.0, ge=0, le=1e6, description="linear rise of the learning rate at the start")
     global_batch_size: int = Field(ge=1, le=10**7, description="images of a step over all ranks")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the backbone; the head is fp32")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of the backbone; the head is fp32")
+    accumulation_steps: int = Field(
+        default=1, ge=1, le=10**4, description="portions of a batch that the backbone sees one after the other"
+    )
     schedule: ScheduleChoice = Field(default_factory=Polynomial, description="of backbone and class centers alike")
 
 
@@ -226,11 +236,55 @@ class EvaluationConfig(_Section):
     batch_size: int = Field(default=128, ge=1, description="images of a step of one rank")
 
 
+class EngineConfig(_Section):
+    """What runs the backbone on many ranks. Checkpoints of one engine go on in another."""
+
+    name: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
+    zero_stage: Literal[1, 2, 3] = Field(
+        default=2, description="deepspeed only: what is sharded, see its documentation"
+    )
+    deepspeed_json: Path | None = Field(
+        default=None, description="deepspeed only: a file of settings that are added to those made from this section"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="blocks of the backbone are computed again in backward, for less memory"
+    )
+    compile: bool = Field(default=False, description="torch.compile of the backbone")
+    sync_batch_norm: bool = Field(default=False, description="batch statistics over all ranks; CUDA only")
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="moving average of the weights, for evaluation; null: none"
+    )
+
+    @model_validator(mode="after")
+    def _json_for_deepspeed(self) -> EngineConfig:
+        if self.deepspeed_json is not None and self.name != "deepspeed":
+            raise ValueError(f"engine.deepspeed_json needs engine.name=deepspeed, but that is {self.name}")
+        return self
+
+
 class CheckpointConfig(_Section):
-    """When the run is saved. It always is at the end."""
+    """When the run is saved. It always is at the end, and when it is told to stop."""
 
     every_steps: int | None = Field(default=1000, ge=1, description="null: at the end only")
     keep_last: int = Field(default=3, ge=1)
+    keep_best: bool = Field(
+        default=False, description="also keep that of the best verification; needs evaluation.every_steps"
+    )
+    asynchronous: bool = Field(default=True, description="training goes on while a copy is written")
+    max_failures: int = Field(default=3, ge=1, description="saves in a row that may fail before the run stops")
+
+
+class SupervisionConfig(_Section):
+    """What notices that a run no longer goes on as it should."""
+
+    preflight: bool = Field(default=True, description="compare all ranks before the first step")
+    collective_timeout_seconds: float = Field(default=600.0, ge=1, le=86400, description="to wait for other ranks")
+    hang_timeout_seconds: float = Field(
+        default=300.0, ge=1, le=86400, description="without a step of some rank; then that is named and the run stopped"
+    )
+    max_skipped_steps: int = Field(
+        default=20, ge=1, description="in a row, whose loss or gradient is not finite, before the run stops"
+    )
 
 
 class Config(_Section):
@@ -246,4 +300,12 @@ class Config(_Section):
         default_factory=dict, description="further data sets with heads of their own, by name"
     )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    supervision: SupervisionConfig = Field(default_factory=SupervisionConfig)
+
+    @model_validator(mode="after")
+    def _best_of_something(self) -> Config:
+        if self.checkpoint.keep_best and not (self.evaluation.enabled and self.evaluation.every_steps):
+            raise ValueError("checkpoint.keep_best needs evaluation.enabled and evaluation.every_steps")
+        return self

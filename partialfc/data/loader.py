@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -26,6 +28,7 @@ __all__ = ["AugmentedSteps", "Loader", "SequentialLoader", "StepsDataset", "Torc
 
 _PREFETCHED_BATCHES = 4  # Per worker: enough to bridge a slow read, little memory as images are uint8.
 _LOOK_EVERY_SECONDS = 2.0  # Whether a worker died.
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Loader(Protocol):
@@ -110,8 +113,11 @@ class WholeBatchLoader:
     def _start(self) -> tuple[Iterator[Any], list[BaseProcess]]:
         """The iterator of torch, and its processes."""
         others, handler = active_children(), signal.getsignal(signal.SIGCHLD)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        # What the system takes for the end of the parent is that of the thread which has started a worker.
+        self._loader.worker_init_fn = _start_worker_bound if in_main_thread else _start_worker
         batches = iter(self._loader)
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread:
             # torch raises from this signal, wherever the program is at the moment. Here `_next` looks for the dead.
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         return batches, [child for child in active_children() if child not in others]
@@ -297,6 +303,13 @@ def _start_worker(worker: int) -> None:
     for warning in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(warning, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _spare_once)
+
+
+def _start_worker_bound(worker: int) -> None:
+    """The worker ends with its parent, also where that is killed: it holds the parent's connections to other ranks."""
+    _start_worker(worker)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _spare_once(number: int, frame: FrameType | None) -> None:

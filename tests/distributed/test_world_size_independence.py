@@ -18,7 +18,7 @@ from partialfc import CenterAdamW, CenterSGD, PartialFC
 from partialfc.backbones import VisionTransformer
 from partialfc.distributed.collectives import gather_rows
 from partialfc.distributed.mesh import ShardMesh
-from partialfc.engine import DDPEngine
+from partialfc.engine import DDPEngine, EngineSettings
 from partialfc.head import VariationalPrototypes
 from partialfc.keyed import normal, randint
 from partialfc.margins import AdaFace, ArcFace, CenterLoss, Softmax, TripletLoss, UniFace
@@ -63,8 +63,12 @@ def train(name: str, mesh: ShardMesh) -> dict[str, Tensor]:
     torch.manual_seed(0)
     # No layer of it looks across the batch.
     backbone = VisionTransformer(64, 1, embedding_dim=DIM, image_size=IMAGE_SIZE, final_norm="none").double()
-    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
-    engine = DDPEngine(backbone, optimizer, mesh=mesh, max_gradient_norm=1.0)
+    engine = DDPEngine(
+        backbone,
+        make_optimizer=lambda network: torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4),
+        mesh=mesh,
+        settings=EngineSettings(max_gradient_norm=1.0),
+    )
     head = build_head(name, mesh)
 
     shares = SHARES[mesh.size]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support import checkpoint_tensors
 
 from partialfc.cli import main
 from partialfc.data import synthesize
@@ -59,21 +60,6 @@ def _torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _checkpoint_tensors(run: Path, name: str) -> dict[str, Any]:
-    """Every entry of a checkpoint, loaded without the trainer."""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    whole = run / f"{name}.pt"
-    dcp_to_torch_save(run / "checkpoints" / name, whole)
-    return _flat(torch.load(whole, weights_only=False))
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{path}/{name}").items()}
-    return {path: value}
-
-
 def _assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
@@ -102,14 +88,14 @@ def test_a_run_leaves_everything_and_resumes_bit_for_bit(
         assert (run / name).stat().st_size > 0
     assert list((run / "tensorboard").glob("events.*"))
     assert len(_losses(run)) == STEPS
-    straight, losses = _checkpoint_tensors(run, "step-00000006"), _losses(run)
+    straight, losses = checkpoint_tensors(run, "step-00000006"), _losses(run)
 
     # As if killed after step 4: the checkpoint of step 3 is the last, metrics are ahead of it.
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     (run / "summary.json").unlink()
     assert main(["train", str(config)]) == 0
     assert _losses(run) == losses
-    _assert_same(_checkpoint_tensors(run, "step-00000006"), straight)
+    _assert_same(checkpoint_tensors(run, "step-00000006"), straight)
 
     # A finished run started again does nothing but say so again.
     before = json.loads((run / "summary.json").read_text())
@@ -141,10 +127,10 @@ def test_bf16_adamw_cosine_resumes_bit_for_bit(tmp_path: Path, data: Path) -> No
     assert rates[:2] == [0.005, 0.01]
     assert rates[-1] < 0.003
     assert [line["step"] for line in lines if "verification_accuracy" in line] == [2, 4]
-    straight = _checkpoint_tensors(run, "step-00000006")
+    straight = checkpoint_tensors(run, "step-00000006")
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     assert main(["train", str(config)]) == 0
-    _assert_same(_checkpoint_tensors(run, "step-00000006"), straight)
+    _assert_same(checkpoint_tensors(run, "step-00000006"), straight)
 
 
 def test_two_ranks_train_and_resume_bit_for_bit(tmp_path: Path, data: Path) -> None:
@@ -153,14 +139,14 @@ def test_two_ranks_train_and_resume_bit_for_bit(tmp_path: Path, data: Path) -> N
     assert first.returncode == 0, first.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert summary["world_size"] == 2
-    straight, losses = _checkpoint_tensors(run, "step-00000006"), _losses(run)
+    straight, losses = checkpoint_tensors(run, "step-00000006"), _losses(run)
     assert all(torch.tensor(losses).isfinite())
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     second = _torchrun(2, "train", str(config))
     assert second.returncode == 0, second.stderr
     assert "going on from" in second.stderr
     assert _losses(run) == losses
-    _assert_same(_checkpoint_tensors(run, "step-00000006"), straight)
+    _assert_same(checkpoint_tensors(run, "step-00000006"), straight)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -200,7 +186,7 @@ def test_the_state_of_a_loss_survives_a_resume(tmp_path: Path, data: Path, ranks
             assert finished.returncode == 0, finished.stderr
 
     train()
-    straight, losses = _checkpoint_tensors(run, "step-00000006"), _losses(run)
+    straight, losses = checkpoint_tensors(run, "step-00000006"), _losses(run)
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
     assert [line["main/iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[-1]["third/norm_mean"] != 20.0
@@ -216,7 +202,7 @@ def test_the_state_of_a_loss_survives_a_resume(tmp_path: Path, data: Path, ranks
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     train()
     assert _losses(run) == losses
-    _assert_same(_checkpoint_tensors(run, "step-00000006"), straight)
+    _assert_same(checkpoint_tensors(run, "step-00000006"), straight)
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,13 @@ LEVELS = {
     "keyed": -1,
     **dict.fromkeys(["margins", "distributed", "kernels", "data", "backbones", "optim", "telemetry"], 0),
     "head": 1,
-    **dict.fromkeys(["engine", "checkpoint", "evaluation"], 2),
+    **dict.fromkeys(["engine", "checkpoint", "evaluation", "supervision"], 2),
     "config": 3,
-    **dict.fromkeys(["assembly", "bad_samples", "data_commands", "feeding", "train", "evaluate", "plan", "cli"], 4),
+    **dict.fromkeys(["assembly", "bad_samples", "checkpoint_commands", "data_commands", "feeding"], 4),
+    **dict.fromkeys(["recording", "saving", "train", "evaluate", "plan", "cli"], 4),
 }
 ENTRY_POINTS = 4  # these may call each other
-MAY_IMPORT_TORCH_DISTRIBUTED = {"distributed", "engine", "checkpoint"}
+MAY_IMPORT_TORCH_DISTRIBUTED = {"distributed", "engine", "checkpoint", "supervision"}
 
 
 def part_of(file: Path) -> str:

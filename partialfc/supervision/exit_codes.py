@@ -1,0 +1,45 @@
+"""What a process says by the way it ends, to torchrun, Slurm and the scripts around them."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from contextlib import suppress
+from typing import NoReturn
+
+from partialfc.distributed.ranks import launched
+
+__all__ = ["EXIT_OK", "EXIT_RETRY", "EXIT_STOPPED", "EXIT_USER_ERROR", "leave_at_once", "say"]
+
+EXIT_OK = 0
+EXIT_USER_ERROR = 2  # A start with the same configuration and data would end the same way.
+EXIT_RETRY = 75  # A rank hangs, died, or cannot be reached: start again. (EX_TEMPFAIL of sysexits.h)
+EXIT_STOPPED = 85  # Told to stop: start again to go on.
+
+_STANDARD_ERROR = 2
+
+
+def say(message: str, *, stacks: bool = False) -> None:
+    """Writes one line to standard error from any thread, whatever the others are in.
+
+    Args:
+        message: the line.
+        stacks: whether the stacks of all threads follow.
+    """
+    place = ""
+    with suppress(ValueError):
+        if (process := launched(os.environ)).launcher != "none":
+            place = f" (rank {process.rank})"
+    # Not by print: the thread that holds the lock of the stream may be the one that hangs.
+    os.write(_STANDARD_ERROR, f"partialfc{place}: {message}\n".encode())
+    if stacks:
+        faulthandler.dump_traceback(file=_STANDARD_ERROR, all_threads=True)
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """Ends this process from any thread, and with it its children of multiprocessing."""
+    if "multiprocessing" in sys.modules:
+        for child in sys.modules["multiprocessing"].active_children():
+            child.kill()
+    os._exit(code)

@@ -1,0 +1,176 @@
+"""A look around before the first step: can these ranks train together, and do they see the same files?"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import socket
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import partialfc
+from partialfc.distributed.collectives import gather_objects, max_over_ranks, sum_over_shards
+from partialfc.distributed.mesh import ShardMesh
+from partialfc.supervision.agreement import agree
+
+__all__ = ["clock_warning", "disagreements", "preflight"]
+
+logger = logging.getLogger(__name__)
+
+_MAX_SKEW_SECONDS = 5.0
+_BANDWIDTH_ELEMENTS = 2**20
+_BANDWIDTH_ROUNDS = 4
+_SEE_SECONDS = 10.0  # Other hosts may see a new file of a shared file system late.
+
+
+def preflight(mesh: ShardMesh, device: torch.device, *, facts: dict[str, Any], directory: Path) -> None:
+    """Compares all ranks, and says what it found in one line of rank 0's log. Collective.
+
+    Versions, the code of this package and the given facts must be the same. Different devices, and clocks that are
+    more than 5 seconds apart, are only warned of: nothing in a run compares the clocks of two hosts.
+
+    Args:
+        mesh: the ranks.
+        device: of this rank.
+        facts: what else must be the same, by name, such as the settings and the data's fingerprint.
+        directory: of the run. All ranks must see what the first writes there, or in the folder where it will be made.
+
+    Raises:
+        ValueError: on all ranks alike: names what differs, with the ranks grouped by value.
+        RankError: on all ranks, if the first cannot write in the directory.
+    """
+    hosts = gather_objects(socket.gethostname(), mesh)
+    own = {name: str(value) for name, value in (_versions() | facts).items()}
+    digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
+    if len(set(gather_objects(digest, mesh))) > 1:  # all facts of all ranks are much
+        found = disagreements(gather_objects(own, mesh), hosts)
+        raise ValueError("the ranks cannot train together:\n" + "\n".join(f"  {line}" for line in found))
+    _check_directory(mesh, directory, hosts)
+    max_over_ranks([0], mesh)  # all ranks leave this at about the same moment
+    clocks = gather_objects(time.time(), mesh)
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    warnings = disagreements(gather_objects({"device": device_name}, mesh), hosts) + clock_warning(clocks, hosts)
+    speed = _all_reduce_bytes_per_second(mesh, device)
+    if mesh.rank == 0:
+        for warning in warnings:
+            logger.warning("preflight: %s", warning)
+        ranks = "1 process" if mesh.size == 1 else f"{mesh.size} ranks on {_count(len(set(hosts)), 'host')}"
+        together = "" if mesh.size == 1 else f"; all-reduce {speed / 1e9:.2f} GB/s"
+        logger.info("preflight: %s, %s, torch %s%s", ranks, device_name, torch.__version__, together)
+
+
+def disagreements(facts: list[dict[str, str]], hosts: list[str]) -> list[str]:
+    """A line for each fact that is not the same on all ranks: "torch: 2.13.0 on ranks 0-6, 2.11.0 on rank 7 (host)".
+
+    Args:
+        facts: of each rank, by name.
+        hosts: of each rank.
+    """
+    lines = []
+    for name in dict.fromkeys(name for of_rank in facts for name in of_rank):
+        ranks_of: dict[str, list[int]] = {}
+        for rank, of_rank in enumerate(facts):
+            ranks_of.setdefault(of_rank.get(name, "none"), []).append(rank)
+        if len(ranks_of) > 1:
+            most = max(len(ranks) for ranks in ranks_of.values())
+            values = [
+                f"{value} on {_name_ranks(ranks)}{_name_hosts(ranks, hosts) if len(ranks) < most else ''}"
+                for value, ranks in ranks_of.items()
+            ]
+            lines.append(f"{name}: {', '.join(values)}")
+    return lines
+
+
+def clock_warning(clocks: list[float], hosts: list[str]) -> list[str]:
+    """A line for clocks that are far from the middle one; none if all are near.
+
+    Args:
+        clocks: seconds, read on all ranks at about the same moment.
+        hosts: of each rank.
+    """
+    middle = sorted(clocks)[len(clocks) // 2]
+    far = [rank for rank, clock in enumerate(clocks) if abs(clock - middle) > _MAX_SKEW_SECONDS]
+    if not far:
+        return []
+    offsets = [clocks[rank] - middle for rank in far]
+    worst = max(offsets, key=abs)
+    return [
+        f"the clock of {_name_ranks(far)}{_name_hosts(far, hosts)} is {worst:+.1f} seconds from those of the others; "
+        "times in logs and files will confuse"
+    ]
+
+
+def _versions() -> dict[str, str]:
+    digest = hashlib.sha256()
+    root = Path(partialfc.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return {
+        "python": ".".join(platform.python_version_tuple()[:2]),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "partialfc": f"{partialfc.__version__} (code {digest.hexdigest()[:8]})",
+    }
+
+
+def _check_directory(mesh: ShardMesh, directory: Path, hosts: list[str]) -> None:
+    # Or where it will be made: a run that cannot begin leaves nothing.
+    place = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    token, error = place / f".preflight-{uuid.uuid4().hex}", None
+    if mesh.rank == 0:
+        try:
+            token.touch()
+        except OSError as failure:
+            error = OSError(f"run.directory {directory} cannot be written: {failure}")
+    agree(mesh, signal=0, error=error)
+    path = gather_objects(token, mesh)[0]
+    deadline = time.monotonic() + _SEE_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [rank for rank, sees in enumerate(gather_objects(seen, mesh)) if not sees]
+    if mesh.rank == 0:
+        path.unlink(missing_ok=True)
+    if blind:
+        raise ValueError(
+            f"run.directory {directory} is not the same folder on all ranks: {_name_ranks(blind)}"
+            f"{_name_hosts(blind, hosts)} cannot see what rank 0 ({hosts[0]}) writes there; give a folder of a file "
+            "system that all hosts share"
+        )
+
+
+def _all_reduce_bytes_per_second(mesh: ShardMesh, device: torch.device) -> float:
+    """Of one rank's tensor. All ranks end together, so a slow one cannot be told apart here."""
+    value, seconds = torch.zeros(_BANDWIDTH_ELEMENTS, device=device), []
+    for _ in range(_BANDWIDTH_ROUNDS):
+        started = time.perf_counter()
+        sum_over_shards(value, mesh).sum().item()
+        seconds.append(time.perf_counter() - started)
+    return value.numel() * value.element_size() / min(seconds)
+
+
+def _name_ranks(ranks: list[int]) -> str:
+    """Such as "ranks 0-6, 9"."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
+
+
+def _name_hosts(ranks: list[int], hosts: list[str]) -> str:
+    names = list(dict.fromkeys(hosts[rank] for rank in ranks))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f" ({', '.join(names[:3])}{more})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

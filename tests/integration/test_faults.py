@@ -1,0 +1,301 @@
+"""What clusters do to the real trainer: signals at any moment, hangs, bad ranks and lost launchers."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support import checkpoint_tensors, running_ranks
+
+from partialfc.data import synthesize
+from partialfc.supervision.exit_codes import EXIT_OK, EXIT_RETRY, EXIT_STOPPED, EXIT_USER_ERROR
+from partialfc.telemetry import read_metrics
+
+IDENTITIES = 24
+GLOBAL_BATCH = 16
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data") / "faces"
+    synthesize(
+        directory, identities=IDENTITIES, images_per_identity=4, seed=1, image_size=32, verification_identities=12
+    )
+    return directory
+
+
+def _config(directory: Path, faces: Path, **sections: dict[str, Any]) -> Path:
+    values: dict[str, Any] = {
+        "run": {"directory": str(directory / "run"), "log_every_steps": 1, "device": "cpu"},
+        "data": {"directory": str(faces), "image_size": 32, "num_workers": 0},
+        "backbone": {"name": "iresnet10", "embedding_dim": 16, "options": {"width": 8, "dropout": 0.2}},
+        "head": {"margin": {"name": "ArcFace", "scale": 16.0}, "sample_rate": 0.5},
+        "training": {"epochs": STEPS * GLOBAL_BATCH / (IDENTITIES * 4), "global_batch_size": GLOBAL_BATCH},
+        "evaluation": {"every_steps": 30, "num_pairs": 100, "batch_size": 10},
+        "checkpoint": {"every_steps": 20},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    directory.mkdir(exist_ok=True)
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def _train(config: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "partialfc.cli", "train", str(config), *overrides]
+
+
+def _agent(ranks: int, config: Path) -> list[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*torchrun, "-m", "partialfc.cli", "train", str(config)]
+
+
+@contextmanager
+def _running(command: list[str], directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (directory / "stderr").open("wb") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait(condition: Callable[[], object], process: subprocess.Popen[bytes] | None = None, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and (process is None or process.poll() is None):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def _lines(run: Path, key: str) -> int:
+    """How many lines of the metrics so far have a value of that name."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count(f'"{key}"') if path.exists() else 0
+
+
+def _moments(directory: Path) -> dict[str, tuple[signal.Signals, Callable[[], object]]]:
+    """By phase, a signal and when it is sent."""
+    run, errors, started = directory / "run", directory / "stderr", time.monotonic()
+    losses, verified = _lines(run, "loss"), _lines(run, "verification_accuracy")
+    saves = set((run / "checkpoints").glob("*")) if run.exists() else set()
+    return {
+        "import": (signal.SIGUSR2, lambda: time.monotonic() - started > 0.4),
+        "start": (signal.SIGTERM, lambda: b"preflight: 1 process" in errors.read_bytes()),
+        "steps": (signal.SIGINT, lambda: _lines(run, "loss") > losses + 8),
+        "save": (signal.SIGTERM, lambda: set((run / "checkpoints").glob("*")) - saves),
+        "evaluation": (signal.SIGUSR2, lambda: _lines(run, "loss") == 30 and verified == 0),
+        "end": (signal.SIGTERM, lambda: _lines(run, "loss") == STEPS),
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, faces: Path) -> dict[str, Any]:
+    directory = tmp_path_factory.mktemp("undisturbed")
+    with _running(_train(_config(directory, faces)), directory) as process:
+        assert process.wait(120) == EXIT_OK, (directory / "stderr").read_text()
+    return checkpoint_tensors(directory / "run", f"step-{STEPS:08d}")
+
+
+def _assert_as_undisturbed(run: Path, undisturbed: dict[str, Any]) -> None:
+    tensors = checkpoint_tensors(run, f"step-{STEPS:08d}")
+    assert tensors.keys() == undisturbed.keys()
+    for name, value in undisturbed.items():
+        same = torch.equal(value, tensors[name]) if isinstance(value, torch.Tensor) else value == tensors[name]
+        assert same, f"{name} differs"
+    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_signal_in_each_phase_and_in_the_end_the_run_is_as_if_undisturbed(
+    tmp_path: Path, faces: Path, undisturbed: dict[str, Any]
+) -> None:
+    config = _config(tmp_path, faces)
+    reached = []
+    for phase in ("import", "start", "steps", "save", "evaluation", "end"):
+        number, due = _moments(tmp_path)[phase]
+        with _running(_train(config), tmp_path) as process:
+            _wait(due, process)
+            process.send_signal(number)
+            code = process.wait(30)
+        message = (tmp_path / "stderr").read_text()
+        assert code in ((EXIT_STOPPED, EXIT_OK) if phase == "end" else (EXIT_STOPPED,)), f"{phase}: {message}"
+        if code == EXIT_STOPPED:
+            assert f"told to stop by {number.name}" in message
+            assert ("saved after step" in message) == (phase in {"steps", "save", "evaluation"}), f"{phase}: {message}"
+        reached.append(_lines(tmp_path / "run", "loss"))
+    assert reached[:2] == [0, 0]
+    assert 8 < reached[2] < reached[3] < reached[5] == STEPS
+    with _running(_train(config), tmp_path) as process:
+        assert process.wait(60) == EXIT_OK, (tmp_path / "stderr").read_text()
+    _assert_as_undisturbed(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(40))
+def test_a_signal_at_any_moment(tmp_path: Path, faces: Path, undisturbed: dict[str, Any], seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    config = _config(tmp_path, faces)
+    for leg in range(20):
+        pause = 1.0 + 6.0 * float(torch.rand((), generator=draw))
+        number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)[int(torch.randint(3, (), generator=draw))]
+        with _running(_train(config), tmp_path) as process:
+            if leg < 4:
+                try:
+                    process.wait(pause)
+                except subprocess.TimeoutExpired:
+                    process.send_signal(number)
+            code = process.wait(60)
+        assert code in (EXIT_STOPPED, EXIT_OK), (tmp_path / "stderr").read_text()
+        if code == EXIT_OK:
+            break
+    _assert_as_undisturbed(tmp_path / "run", undisturbed)
+
+
+def test_torchrun_told_to_stop_saves_and_goes_on(tmp_path: Path, faces: Path) -> None:
+    config, run = _config(tmp_path, faces, data={"num_workers": 1}), tmp_path / "run"
+    with _running(_agent(2, config), tmp_path) as agent:
+        _wait(lambda: _lines(run, "loss") > 8, agent)
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait(30) != EXIT_OK
+    assert re.search(r"told to stop by SIGTERM; saved after step \d+", (tmp_path / "stderr").read_text())
+    saved = {path.name for path in (run / "checkpoints").glob("step-*")}
+    assert f"step-{_lines(run, 'loss'):08d}" in saved
+
+    # Now it dies without a word: its ranks, and their data workers, do not live on.
+    with _running(_agent(2, config), tmp_path) as agent:
+        before = _lines(run, "loss")
+        _wait(lambda: _lines(run, "loss") > before + 2, agent)
+        descendants = _descendants(agent.pid)
+        assert len(descendants) >= 4
+        agent.kill()
+        agent.wait()
+        _wait(lambda: not any(map(_runs, descendants)), seconds=10)
+    assert "the launcher (pid" in (tmp_path / "stderr").read_text()
+
+
+def _descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [below for child in map(int, children) for below in [child, *_descendants(child)]]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
+
+
+SLOW_STAGE = """
+import os, time
+def stages():
+    def sleep_at_some_moment(samples):
+        for sample in samples:
+            if os.environ["RANK"] == "1" and sample["__position__"] >= 8 * 16:
+                time.sleep(600)
+            yield sample
+    return [sleep_at_some_moment]
+"""
+
+
+def test_a_rank_that_hangs_in_a_users_stage_is_named_with_its_stack(tmp_path: Path, faces: Path) -> None:
+    (tmp_path / "slow_stage.py").write_text(SLOW_STAGE)
+    config = _config(
+        tmp_path,
+        faces,
+        data={"loader": "webdataset", "stages": "slow_stage:stages"},
+        supervision={"hang_timeout_seconds": 4},
+    )
+    with running_ranks(tmp_path, [_train(config)] * 2, PYTHONPATH=str(tmp_path)) as ranks:
+        assert ranks.ended(90) == [EXIT_RETRY, EXIT_RETRY]
+    named = r"rank 1 \(\S+, pid \d+\) is behind the others; last seen after step 8, in .*\(sleep_at_some_moment\)"
+    assert re.search(named, ranks.errors(0)), ranks.errors(0)
+    report = (tmp_path / "run" / "faults" / "step-00000008-rank-00001.txt").read_text()
+    assert re.search(r"in sleep_at_some_moment\n", report)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_stopped_rank_is_named_and_the_run_goes_on_when_started_again(
+    tmp_path: Path, faces: Path, culprit: int
+) -> None:
+    config, run = _config(tmp_path, faces, supervision={"hang_timeout_seconds": 4}), tmp_path / "run"
+    with running_ranks(tmp_path, [_train(config)] * 2) as ranks:
+        _wait(lambda: _lines(run, "loss") > 8, ranks.processes[0])
+        ranks.processes[culprit].send_signal(signal.SIGSTOP)
+        named = rf"rank {culprit} \(\S+, pid {ranks.processes[culprit].pid}\) is stopped"
+        assert ranks.seconds_until(1 - culprit, named) < 4 + 10
+        assert ranks.processes[1 - culprit].wait(30) == EXIT_RETRY
+    with running_ranks(tmp_path, [_train(config)] * 2) as ranks:
+        assert ranks.ended(150) == [EXIT_OK, EXIT_OK], ranks.errors(0)
+
+
+def test_ranks_that_do_not_fit_together_are_named_before_the_first_step(tmp_path: Path, faces: Path) -> None:
+    config = _config(tmp_path, faces)
+    with running_ranks(tmp_path, [_train(config), _train(config, "optimizer.learning_rate=0.2")]) as ranks:
+        assert ranks.ended() == [EXIT_USER_ERROR, EXIT_USER_ERROR]
+    for rank in range(2):
+        assert "the ranks cannot train together:\n" in ranks.errors(rank)
+        found = r"optimizer.learning_rate: 0.1 on rank 0, 0.2 on rank 1|configuration: \w+ on rank 0\D*, \w+ on rank 1"
+        assert re.search(found, ranks.errors(rank)), ranks.errors(rank)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_that_cannot_start_ends_all_at_once_with_its_message(tmp_path: Path, faces: Path) -> None:
+    config = _config(tmp_path, faces)
+    missing = tmp_path / "not there"
+    started = time.monotonic()
+    with running_ranks(tmp_path, [_train(config), _train(config, f"data.directory={missing}")]) as ranks:
+        assert ranks.ended() == [EXIT_USER_ERROR, EXIT_USER_ERROR]
+    assert time.monotonic() - started < 60
+    said = [re.findall(r"^partialfc: error.*", ranks.errors(rank), re.MULTILINE) for rank in range(2)]
+    assert len(said[0]) == 1
+    assert re.search(rf"rank 1 \(\S+\): .*{missing}", said[0][0])
+    assert said[1] == []
+
+
+BEHIND_ITS_TIME = """
+import sys, time
+real = time.time
+time.time = lambda: real() - 400
+from partialfc.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.soak
+def test_a_clock_that_is_wrong_is_warned_of_and_harms_nothing(tmp_path: Path, faces: Path) -> None:
+    config = _config(tmp_path, faces)
+    skewed = [sys.executable, "-c", BEHIND_ITS_TIME, "train", str(config)]
+    with running_ranks(tmp_path, [_train(config), skewed]) as ranks:
+        assert ranks.ended(150) == [EXIT_OK, EXIT_OK], ranks.errors(0)
+    assert re.search(r"the clock of rank 1 \(\S+\) is -\d+\.\d seconds from those of the others", ranks.errors(0))
+
+
+@pytest.mark.soak
+def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_message(tmp_path: Path, faces: Path) -> None:
+    config = _config(
+        tmp_path,
+        faces,
+        optimizer={"learning_rate": 1e30, "max_gradient_norm": None},
+        supervision={"max_skipped_steps": 3},
+    )
+    with running_ranks(tmp_path, [_train(config)] * 2) as ranks:
+        assert ranks.ended() == [EXIT_USER_ERROR, EXIT_USER_ERROR], ranks.errors(0)
+    for rank in range(2):
+        assert "loss or gradient was not finite for 3 steps" in ranks.errors(rank)

@@ -26,8 +26,9 @@ $(QUICKSTART_DATA)/train/manifest.json: | setup
 quickstart: setup $(QUICKSTART_DATA)/train/manifest.json
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/torchrun.sh configs/quickstart.yaml
 
+# A file of tests at a time in each of two processes: most of them have one thread, and wait for others a lot.
 test: setup lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 soak: setup
 	$(BIN)/python -m pytest -m soak

@@ -86,7 +86,7 @@ class Record:
         run = self._run
         if run.progress.skipped_steps:
             raise DivergedError(
-                f"loss or gradient was not finite for {run.progress.skipped_steps} steps up to step {run.step}, and the "
-                f"backbone did not move in them; the checkpoints in {run.store.directory} are good. Lower the learning "
-                "rates, lengthen training.warmup_epochs, or lower the margin's scale"
+                f"loss or gradient was not finite for {run.progress.skipped_steps} steps up to step {run.step}; the "
+                f"backbone did not move in them, and the checkpoints in {run.store.directory} are good. Lower the "
+                "learning rates, lengthen training.warmup_epochs, or lower the margin's scale"
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from contextlib import suppress
@@ -14,7 +13,7 @@ from torch import nn
 
 from partialfc.assembly import Run, assemble, open_tasks, task_loader
 from partialfc.checkpoint import CheckpointError, RunLock
-from partialfc.config import Config, dump_config, write_config
+from partialfc.config import Config, flat_settings, write_config
 from partialfc.data import Batch, normalize_images
 from partialfc.distributed.launch import process_group
 from partialfc.engine import StepOutcome
@@ -74,9 +73,8 @@ def train(config: Config, *, signals: StopSignals | None = None) -> Trained:
     ):
         tasks = supervisor.together(lambda: open_tasks(config))
         if settings.preflight:
-            config_hash = hashlib.sha256(dump_config(config).encode()).hexdigest()[:12]
             data = {f"data of {name}": task.index.fingerprint for name, task in tasks.items()}
-            supervisor.preflight(device, facts={"configuration": config_hash, **data})
+            supervisor.preflight(device, facts={**flat_settings(config), **data})
         run = assemble(config, tasks, mesh, device)
         with RunLock(run.directory, mesh=mesh):
             return _train(run, supervisor)
@@ -86,8 +84,9 @@ def _train(run: Run, supervisor: Supervisor) -> Trained:
     verifications: dict[str, Verification] = {}
     if run.config.evaluation.at_start and run.verification_index is not None:
         # Before the checkpoint is loaded, so that a resumed run has these figures too.
-        verifications["pixels"] = _verify(run, nn.Flatten())
-        verifications["untrained"] = _verify(run, run.engine.evaluation_backbone())
+        with supervisor.phase("evaluation"):
+            verifications["pixels"] = _verify(run, nn.Flatten())
+            verifications["untrained"] = _verify(run, run.engine.evaluation_backbone())
     resume(run)
     # Not before, so that a run which cannot begin or go on leaves everything as it was.
     write_config(run.config, first_rank=run.is_first_rank)
@@ -101,7 +100,8 @@ def _train(run: Run, supervisor: Supervisor) -> Trained:
                 saver.wait()
             raise
     if run.verification_index is not None:
-        verifications["trained"] = _verify(run, run.engine.evaluation_backbone())
+        with supervisor.phase("evaluation"):
+            verifications["trained"] = _verify(run, run.engine.evaluation_backbone())
     return Trained(_summarize(run, throughput, verifications), verifications)
 
 

@@ -2,8 +2,7 @@
 
     python tests/kill_storm.py kills.jsonl ...      sums up what tests/integration/test_kills.py has written
 
-A run is one training from its first step to its last, in a directory of its own, that is killed once, and in every
-fourth run once more while it starts again.
+A run is one training from its first step to its last, in a directory of its own, that is killed once or twice.
 """
 
 from __future__ import annotations
@@ -18,26 +17,25 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from support import checkpoint_tensors
-
-from partialfc.telemetry import read_metrics
 
 ROOT = Path(__file__).parents[1]
 IDENTITIES, IMAGES_PER_IDENTITY, GLOBAL_BATCH = 24, 4, 16
 STEPS, SAVE_EVERY, KEPT = 40, 5, 2
 ORPHAN_SECONDS = 10.0  # that processes may outlive their agent
-_SECONDS = 150.0  # for whatever should happen soon, on a busy machine
+_SECONDS = 300.0  # for whatever should happen soon, on a busy machine
 _MARK = "KILLED_RUN"
+_STORM = 346  # with it the first few seeds have every kind of kill, in every phase, with saves of both kinds
 
 KINDS = ("rank 0", "rank 1", "agent", "all")
 # More often in steps and saves, which is where a run spends its life.
-_PHASES = ("start", "steps", "steps", "save", "save", "end")
+_FIRST_PHASES = ("start", "steps", "steps", "save", "save", "end")
+_LATER_PHASES = ("recovery", "recovery", "recovery", "steps", "save")
 # Seconds, at most, from what a kill waits for to the kill.
 _LATER = {"start": 0.0, "recovery": 0.0, "steps": 0.05, "save": 0.15, "end": 0.4}
 
@@ -64,26 +62,29 @@ class Kill:
 class Plan:
     """What is drawn for a run."""
 
-    seed: int
     asynchronous: bool
     num_workers: int
     kills: tuple[Kill, ...]
 
 
-def draw(seed: int) -> Plan:
-    """The plan of a run: a function of the seed."""
-    generator = random.Random(seed)
-    phases = [generator.choice(_PHASES)] + (["recovery"] if seed % 4 == 3 else [])
-    kills = []
-    for phase in phases:
+def draw(seed: int, *, kills: int) -> Plan:
+    """The plan of a run: a function of the seed and the number of kills."""
+    generator = random.Random(f"{_STORM} {seed} {kills}")
+    drawn = []
+    for number in range(kills):
+        phase = generator.choice(_LATER_PHASES if number else _FIRST_PHASES)
         if phase in ("start", "recovery"):
             at = generator.uniform(0.0, 1.0)
         elif phase == "steps":
             at = generator.randrange(1, STEPS)
         else:
             at = STEPS if phase == "end" else SAVE_EVERY * generator.randrange(1, STEPS // SAVE_EVERY + 1)
-        kills.append(Kill(generator.choice(KINDS), phase, at, generator.uniform(0.0, _LATER[phase])))
-    return Plan(seed, generator.random() < 0.5, generator.randrange(2), tuple(kills))
+        drawn.append(Kill(generator.choice(KINDS), phase, at, generator.uniform(0.0, _LATER[phase])))
+    # Recovery comes after what is first, whatever that is.
+    in_time = sorted(drawn, key=lambda kill: (kill.at, kill.phase == "end") if kill.at >= 1 else (0.0, False))
+    if in_time[0].phase == "recovery":
+        in_time.reverse()
+    return Plan(generator.random() < 0.5, generator.randrange(2), tuple(in_time))
 
 
 @dataclass
@@ -91,25 +92,26 @@ class Aftermath:
     """What a kill did.
 
     Attributes:
-        done: steps that were done when all killed were dead.
+        done: steps that were done when all that was killed, or ended because of it, was dead.
         in_save: whether a save had begun and was not committed.
-        resumed: the step from which the run went on.
-        seconds: from the kill to the next step, None if all steps were done.
+        resumed: the step from which the run went on; None if it was killed again before.
+        seconds: from the kill to the next step; None if there was none.
         orphan_seconds: that processes outlived their agent.
     """
 
     kind: str
     phase: str
-    done: int
-    in_save: bool
-    resumed: int = 0
+    asynchronous: bool
+    in_save: bool = False
+    done: int = 0
+    resumed: int | None = None
     seconds: float | None = None
     orphan_seconds: float | None = None
 
     @property
-    def lost(self) -> int:
+    def lost(self) -> int | None:
         """Steps that were done twice."""
-        return self.done - self.resumed
+        return None if self.resumed is None else self.done - self.resumed
 
 
 @dataclass
@@ -125,9 +127,8 @@ class Training:
 
     def __post_init__(self) -> None:
         self.run, self.log = self.directory / "run", self.directory / "log"
-        self._metrics = self.run / "metrics.jsonl"
+        self._metrics, self._saves = self.run / "metrics.jsonl", self.run / "checkpoints"
         self.directory.mkdir()
-        self.log.touch()
         values: dict[str, Any] = {
             "run": {"directory": str(self.run), "log_every_steps": 1, "device": "cpu"},
             "data": {"directory": str(self.data), "image_size": 32, "num_workers": self.num_workers},
@@ -155,13 +156,16 @@ class Training:
                 [str(ROOT / "launch" / "torchrun.sh"), str(self._config)], env=environment, stdout=log, stderr=log
             )
         self.starts += 1
+        self._began()
 
-    def until(self, condition: Callable[[], object], *, seconds: float = _SECONDS) -> None:
+    def until(
+        self, condition: Callable[[], object], *, seconds: float = _SECONDS, every_seconds: float = 0.002
+    ) -> None:
         """Until it holds. It is an error if that takes too long."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, self.log.read_text()[-8000:]
-            time.sleep(0.002)
+            time.sleep(every_seconds)
 
     def steps(self) -> int:
         """Those in the metrics."""
@@ -173,25 +177,45 @@ class Training:
 
     def finish(self) -> int:
         """The exit code of the agent."""
+        self._see_it_go_on()
         self.until(self.ended)
         return self._agent.wait()
 
     def kill(self, kill: Kill, start_seconds: float) -> None:
-        """At its moment; then sees how the run goes on, starting it again if its agent is gone."""
+        """At its moment; starts the run again if its agent is gone.
+
+        Args:
+            kill: which.
+            start_seconds: that a run takes to its first step.
+        """
+        if kill.phase != "recovery":
+            self._see_it_go_on()
+        leftovers = set(self._saves.glob("tmp-*"))
         self._wait_for(kill, start_seconds)
         time.sleep(kill.later_seconds)
         if kill.kind.startswith("rank"):
-            rank = int(kill.kind[-1])
-            self.until(lambda: self._ranks().get(rank) or self.ended())
-        assert not self.ended(), f"the run was over before {kill}"
-        metrics, said = self._identity(), self.log.stat().st_size
-        killed_at = time.monotonic()
-        done, in_save, orphan_seconds = self._shoot(kill.kind)
-        aftermath = Aftermath(kill.kind, kill.phase, done, in_save, orphan_seconds=orphan_seconds)
-        self.aftermaths.append(aftermath)
+            self.until(lambda: self._rank(kill.kind) or self.ended())
+        assert not self.ended(), f"the run was over before {kill}: {self.log.read_text()[-8000:]}"
+        aftermath = Aftermath(kill.kind, kill.phase, self.asynchronous)
+        before, self._killed_at = self.processes(), time.monotonic()
+        if kill.kind.startswith("rank"):
+            _kill([self._rank(kill.kind)])
+        elif kill.kind == "agent":
+            self._agent.kill()
+        else:
+            self.end()
+        aftermath.in_save = any(path not in leftovers for path in self._saves.glob("tmp-[0-9]*"))
+        if kill.kind == "agent":
+            self.until(lambda: not self.processes(), seconds=ORPHAN_SECONDS, every_seconds=0.05)
+            aftermath.orphan_seconds = time.monotonic() - self._killed_at
         if kill.kind in ("agent", "all"):
+            self._agent.wait()
             self.start()
-        self._watch(aftermath, metrics, said, killed_at)
+        else:
+            self.until(lambda: self._ranks_after(before) or self.ended(), every_seconds=0.05)
+            self._began()
+        aftermath.done = self.steps()
+        self.aftermaths.append(aftermath)
 
     def processes(self) -> dict[int, dict[str, str]]:
         """Those of this run that live, whoever their parent is, with their environment."""
@@ -206,70 +230,72 @@ class Training:
         return found
 
     def end(self) -> None:
-        """Whatever state it is in."""
+        """Kills what is left of it."""
         while found := self.processes():
             _kill(found)
         self._agent.wait()
 
+    def _began(self) -> None:
+        """All that was before is dead, and the run has just been started."""
+        self._started_at, self._old_metrics = time.monotonic(), self._identity()
+        self._said = self.log.stat().st_size
+
     def _wait_for(self, kill: Kill, start_seconds: float) -> None:
-        step, saves = int(kill.at), self.run / "checkpoints"
+        committed = self._saves / f"step-{int(kill.at):08d}"
         if kill.phase in ("start", "recovery"):
-            time.sleep(kill.at * start_seconds)
+            due = self._started_at + kill.at * start_seconds
+            self.until(lambda: time.monotonic() > due or self._works())
         elif kill.phase == "steps":
-            self.until(lambda: self.steps() >= step)
+            self.until(lambda: self.steps() >= kill.at)
         elif kill.phase == "save":
-            committed = saves / f"step-{step:08d}"
-            self.until(lambda: committed.exists() or any(saves.glob(f"tmp-{step:08d}-*")))
+            self.until(lambda: committed.exists() or any(self._saves.glob(f"tmp-{int(kill.at):08d}-*")))
         else:
-            self.until((saves / f"step-{step:08d}").exists)
+            self.until(committed.exists)
 
-    def _shoot(self, kind: str) -> tuple[int, bool, float | None]:
-        orphan_seconds = None
-        if kind.startswith("rank"):
-            _kill([self._ranks()[int(kind[-1])]])
-        elif kind == "agent":
-            self._agent.kill()
-            killed_at = time.monotonic()
-            self.until(lambda: not self.processes(), seconds=ORPHAN_SECONDS)
-            orphan_seconds = time.monotonic() - killed_at
-        else:
-            while found := self.processes():
-                _kill(found)
-        return self.steps(), any((self.run / "checkpoints").glob("tmp-????????-*")), orphan_seconds
-
-    def _watch(self, aftermath: Aftermath, metrics: int | None, said: int, killed_at: float) -> None:
-        """Until the run has done a step that it had not done from where it went on, or is over."""
-        while self._identity() == metrics and not self.ended():
-            aftermath.done = max(aftermath.done, self.steps())  # by a rank that is about to end
-            assert time.monotonic() < killed_at + _SECONDS, self.log.read_text()[-8000:]
-            time.sleep(0.002)
+    def _see_it_go_on(self) -> None:
+        """After the last kill."""
+        if not self.aftermaths or (aftermath := self.aftermaths[-1]).resumed is not None:
+            return
+        self.until(lambda: self._works() or self.ended())
         with self.log.open("rb") as log:
-            log.seek(said)
+            log.seek(self._said)
             resumed = re.findall(rb"going on from \S+, step (\d+) of", log.read())
-        aftermath.resumed = int(resumed[-1]) if resumed else 0
-        self.until(lambda: self.steps() > aftermath.resumed or self.ended())
-        if aftermath.resumed < STEPS:
-            aftermath.seconds = time.monotonic() - killed_at
+        aftermath.resumed = step = int(resumed[-1]) if resumed else 0
+        if step < STEPS:
+            self.until(lambda: self.steps() > step or self.ended())
+            aftermath.seconds = time.monotonic() - self._killed_at
+
+    def _works(self) -> bool:
+        """Whether the run has got so far since its start that it writes metrics."""
+        return self._identity() != self._old_metrics
 
     def _identity(self) -> int | None:
         """Of the file of metrics: a run that goes on replaces it."""
         return self._metrics.stat().st_ino if self._metrics.exists() else None
 
-    def _ranks(self) -> dict[int, int]:
-        """By rank, its process."""
+    def _rank(self, kind: str) -> int | None:
+        return self._ranks().get(kind)
+
+    def _ranks(self) -> dict[str, int]:
+        """By "rank 0" and so on, its process."""
         return {
-            int(environment["RANK"]): pid
+            f"rank {environment['RANK']}": pid
             for pid, environment in self.processes().items()
             if "RANK" in environment and _parent(pid) == self._agent.pid
         }
 
+    def _ranks_after(self, before: Iterable[int]) -> bool:
+        ranks = set(self._ranks().values())
+        return bool(ranks) and ranks.isdisjoint(before)
 
-def _kill(pids: Any) -> None:
+
+def _kill(pids: Iterable[int | None]) -> None:
     for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        if pid is not None:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
 
 
 def _parent(pid: int) -> int:
@@ -277,3 +303,41 @@ def _parent(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return 0
+
+
+def write_down(training: Training, path: Path) -> None:
+    """Appends what became of a run to a file."""
+    with path.open("a", encoding="utf-8") as file:
+        kills = [asdict(aftermath) for aftermath in training.aftermaths]
+        file.write(json.dumps({"starts": training.starts, "kills": kills}) + "\n")
+
+
+def summary(paths: Iterable[Path]) -> str:
+    """What became of the runs in some files."""
+    runs = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    kills = [Aftermath(**kill) for run in runs for kill in run["kills"]]
+    phases = list(dict.fromkeys((*_FIRST_PHASES, *_LATER_PHASES)))
+    counts = Counter((kill.kind, kill.phase) for kill in kills)
+    lines = [f"{len(runs)} runs, {len(kills)} kills, {sum(kill.in_save for kill in kills)} of them in mid-save"]
+    lines.append(" " * 8 + "".join(f"{phase:>10}" for phase in phases))
+    lines += [f"{kind:8}" + "".join(f"{counts[kind, phase]:10}" for phase in phases) for kind in KINDS]
+    by_agent = sum(kill.kind.startswith("rank") for kill in kills)
+    lines.append(f"started again by torchrun: {by_agent}, by the command: {len(kills) - by_agent}")
+    for kind in KINDS:
+        seconds = [kill.seconds for kill in kills if kill.kind == kind and kill.seconds is not None]
+        if seconds:
+            middle, most = statistics.median(seconds), max(seconds)
+            lines.append(f"{kind}: seconds from the kill to the next step: median {middle:.1f}, maximum {most:.1f}")
+    orphans = [kill.orphan_seconds for kill in kills if kill.orphan_seconds is not None]
+    if orphans:
+        lines.append(f"seconds that processes outlived their agent: maximum {max(orphans):.1f}")
+    for name, asynchronous in (("blocking", False), ("asynchronous", True)):
+        lost = Counter(kill.lost for kill in kills if kill.asynchronous == asynchronous and kill.lost is not None)
+        if lost:
+            table = ", ".join(f"{steps}: {lost[steps]}" for steps in sorted(lost))
+            lines.append(f"steps lost of {SAVE_EVERY}, {name} saves: maximum {max(lost)} ({table})")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(summary(map(Path, sys.argv[1:])))  # noqa: T201

@@ -58,8 +58,8 @@ def flip_center_gradient() -> None:
 
 def flip_embedding_gradient() -> None:
     """Embeddings climb the loss."""
-    finish = step._finish
-    step._finish = lambda head, pending: -finish(head, pending)
+    hand_out = step._hand_out
+    step._hand_out = lambda head, pending: -hand_out(head, pending)
 
 
 BUGS: dict[str, Callable[[], None]] = {

@@ -55,14 +55,14 @@ newest_step() {
     echo "$step"
 }
 
-# Whether another start makes sense: of the last $most_starts, one has left a newer checkpoint than those before it.
+# Whether another start makes sense: it does not after $most_starts in a row that have left no newer checkpoint.
 worth_another_start() {
-    local record=$run_directory/slurm-$job.starts step newest=-1 starts=0
+    local record=$run_directory/slurm-$job.starts step newest=0 starts=0
     step=$(newest_step)
     if [[ -f $record ]]; then
         read -r newest starts <"$record"
     fi
-    starts=$((step > newest ? 1 : starts + 1))
+    starts=$((step > newest ? 0 : starts + 1))
     mkdir -p "$run_directory"
     echo "$step $starts" >"$record"
     if ((starts >= most_starts)); then

@@ -52,10 +52,10 @@ class BackboneEngine(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """`backbone`, `optimizer`, and if there are such `ema` and `loss_scale`, under plain parameter names.
+        """`backbone`, `optimizer` (as `state.PARAMETER.KEY`), and if there are such `ema` and `loss_scale`.
 
-        The same keys and shapes for every engine. Tensors may be DTensors, other values are equal on all ranks.
-        Collective.
+        Parameters have the names of the bare network; keys and shapes are the same for every engine. Tensors may be
+        DTensors, other values are equal on all ranks. Collective.
         """
         ...
 

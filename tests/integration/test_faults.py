@@ -159,7 +159,7 @@ def test_a_signal_at_any_moment(tmp_path: Path, faces: Path, undisturbed: dict[s
                     process.wait(pause)
                 except subprocess.TimeoutExpired:
                     process.send_signal(number)
-            code = process.wait(60)
+            code = process.wait(150)
         assert code in (EXIT_STOPPED, EXIT_OK), (tmp_path / "stderr").read_text()
         if code == EXIT_OK:
             break

@@ -22,7 +22,7 @@ from partialfc.data import synthesize
 from partialfc.telemetry import read_metrics
 
 # In the place of what the commands of the page ask for.
-SMALL = {"--ntasks-per-node=8 --gpus-per-node=8": "--ntasks-per-node=1", "launch/": f"{ROOT}/launch/"}
+SMALL = {"--ntasks-per-node=8 --gpus-per-node=8": "--ntasks-per-node=1"}
 STEPS = 150
 SAVE_EVERY = 20
 SECONDS = 240.0  # for a run that is disturbed, on a busy machine
@@ -72,11 +72,11 @@ class Job:
         changes = {
             **SMALL,
             "--cpus-per-task=8": "--cpus-per-task=1",
-            "--time=24:00:00": " ".join(["--output=log", *options]),
+            "--time=24:00:00": " ".join([f"--chdir={self.directory}", "--output=log", *options]),
             "configs/webface42m_iresnet100.yaml": "config.yaml",
         }
         command = documented("slurm", changes) if launch == "srun" else documented("slurm-torchrun", changes)
-        told = self.cluster.run("bash", "-euc", command, cwd=self.directory, **variables)
+        told = self.cluster.run("bash", "-euc", command, cwd=ROOT, **variables)
         self.id, self.launch = told.split()[-1], launch
 
     @property
@@ -281,8 +281,11 @@ def test_an_array_trains_each_line(cluster: Cluster, tmp_path: Path, faces: Path
     (job.directory / "sweep.txt").write_text(
         "run.directory=runs/a head.margin.margin=0.1\nrun.directory=runs/b head.margin.margin=0.3\nrun.seed=3\n"
     )
-    changes = {"--array=1-2": "--array=1-3 --output=log-%a", "configs/ms1mv3_iresnet100.yaml": "config.yaml"}
-    told = cluster.run("bash", "-euc", documented("slurm-array", {**SMALL, **changes}), cwd=job.directory)
+    changes = {
+        "--array=1-2": f"--array=1-3 --chdir={job.directory} --output=log-%a",
+        "configs/ms1mv3_iresnet100.yaml": "config.yaml",
+    }
+    told = cluster.run("bash", "-euc", documented("slurm-array", {**SMALL, **changes}), cwd=ROOT)
     array = told.split()[-1]
     cluster.wait_for(
         lambda: not cluster.run("squeue", "-h", "-j", array, check=False).strip(),
@@ -302,7 +305,8 @@ def test_an_array_trains_each_line(cluster: Cluster, tmp_path: Path, faces: Path
 @pytest.mark.parametrize("launch", ["srun", "torchrun"])
 def test_an_allocation_of_salloc(cluster: Cluster, tmp_path: Path, faces: Path, launch: str) -> None:
     job = Job(cluster, tmp_path / "job", faces, training={"epochs": 1})
-    command = documented("slurm-interactive", {**SMALL, "configs/ms1mv3_iresnet100.yaml": "config.yaml"})
+    here = {"launch/": f"{ROOT}/launch/"}
+    command = documented("slurm-interactive", {**SMALL, **here, "configs/ms1mv3_iresnet100.yaml": "config.yaml"})
     cluster.run("bash", "-euc", command, cwd=job.directory, LAUNCH=launch)
     assert len(job.losses()) == 6
 

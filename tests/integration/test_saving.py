@@ -1,0 +1,179 @@
+"""What a run saves, what it keeps, and what it does when it cannot save."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support import checkpoint_tensors
+
+from partialfc.checkpoint import CheckpointStore
+from partialfc.cli import main
+from partialfc.data import synthesize
+from partialfc.distributed.mesh import ShardMesh
+from partialfc.evaluate import load_backbone
+from partialfc.telemetry import read_metrics
+
+GLOBAL_BATCH = 16
+STEPS = 6
+IMAGES = 24 * 4
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data") / "faces"
+    synthesize(directory, identities=24, images_per_identity=4, seed=1, image_size=32, verification_identities=12)
+    return directory
+
+
+def config_file(tmp_path: Path, faces: Path, **sections: dict[str, Any]) -> str:
+    values: dict[str, Any] = {
+        "run": {"directory": str(tmp_path / "run"), "log_every_steps": 1, "device": "cpu"},
+        "data": {"directory": str(faces), "image_size": 32, "num_workers": 0},
+        "backbone": {"name": "iresnet10", "embedding_dim": 16, "options": {"width": 8, "dropout": 0.2}},
+        "head": {"margin": {"name": "ArcFace", "scale": 16.0}, "sample_rate": 0.5},
+        "training": {"epochs": STEPS * GLOBAL_BATCH / IMAGES, "global_batch_size": GLOBAL_BATCH},
+        "evaluation": {"enabled": False},
+        "checkpoint": {"every_steps": 3},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def steps_of(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+def set_back(run: Path, step: int) -> None:
+    for other in steps_of(run):
+        if other > step:
+            shutil.rmtree(run / "checkpoints" / f"step-{other:08d}")
+
+
+@contextmanager
+def files_of_at_most(size_bytes: int) -> Iterator[None]:
+    """The system refuses to write more into one file, as a full disk would."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_the_best_is_kept_besides_the_last(tmp_path: Path, faces: Path) -> None:
+    config, run = (
+        config_file(
+            tmp_path,
+            faces,
+            evaluation={"enabled": True, "num_pairs": 100, "every_steps": 1},
+            checkpoint={"every_steps": None, "keep_last": 1, "keep_best": True},
+        ),
+        tmp_path / "run",
+    )
+    assert main(["train", config]) == 0
+    verified = {
+        int(line["step"]): line["verification_accuracy"]
+        for line in read_metrics(run / "metrics.jsonl")
+        if "verification_accuracy" in line
+    }
+    assert list(verified) == [1, 2, 3, 4, 5, 6]
+    best = max(verified, key=lambda step: (verified[step], step))
+    assert steps_of(run) == sorted({best, STEPS})
+    store = CheckpointStore(run / "checkpoints", mesh=ShardMesh.single())
+    path = store.best()
+    assert path == run / "checkpoints" / f"step-{best:08d}"
+    assert store.metadata(path)["score"] == verified[best]
+
+
+def test_the_best_of_nothing_is_refused(tmp_path: Path, faces: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", config_file(tmp_path, faces, checkpoint={"keep_best": True})]) == 2
+    assert "checkpoint.keep_best needs evaluation.enabled and evaluation.every_steps" in capsys.readouterr().err
+
+
+def test_other_settings_are_told_when_a_run_goes_on(
+    tmp_path: Path, faces: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, run = config_file(tmp_path, faces), tmp_path / "run"
+    assert main(["train", config]) == 0
+    set_back(run, 3)
+    with caplog.at_level(logging.WARNING):
+        assert main(["train", config, "head.margin.scale=8.0", "optimizer.learning_rate=0.05"]) == 0
+    told = [record.getMessage() for record in caplog.records if "was saved" in record.getMessage()]
+    assert told == [
+        "head.margin.scale was 16.0 when the run was saved, and is 8.0 from here on",
+        "optimizer.learning_rate was 0.1 when the run was saved, and is 0.05 from here on",
+    ]
+
+
+def test_an_average_of_weights_may_begin_later_and_is_what_is_evaluated(tmp_path: Path, faces: Path) -> None:
+    config, run = config_file(tmp_path, faces), tmp_path / "run"
+    assert main(["train", config]) == 0
+    set_back(run, 3)
+    weights = checkpoint_tensors(run, "step-00000003")
+    assert not any(name.startswith("/ema") for name in weights)
+    # So slow that it still is where it began.
+    assert main(["train", config, "engine.ema_decay=0.99999999"]) == 0
+    name = "output.weight" if "/backbone/output.weight" in weights else next(iter(weights)).removeprefix("/backbone/")
+    backbone, _ = load_backbone(run)
+    torch.testing.assert_close(backbone.state_dict()[name], weights[f"/backbone/{name}"], atol=1e-6, rtol=1e-5)
+    trained = checkpoint_tensors(run, "step-00000006")
+    assert not trained[f"/backbone/{name}"].allclose(weights[f"/backbone/{name}"], atol=1e-4)
+
+
+def test_fp16_goes_on_bit_for_bit(tmp_path: Path, faces: Path) -> None:
+    config, run = (
+        config_file(tmp_path, faces, training={"precision": "fp16", "accumulation_steps": 2}),
+        tmp_path / "run",
+    )
+    assert main(["train", config]) == 0
+    losses = [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
+    straight = checkpoint_tensors(run, "step-00000006")
+    assert any(name.startswith("/loss_scale") for name in straight)
+    set_back(run, 3)
+    assert main(["train", config]) == 0
+    assert [line["loss"] for line in read_metrics(run / "metrics.jsonl")] == losses
+    for name, value in checkpoint_tensors(run, "step-00000006").items():
+        assert value.equal(straight[name]) if isinstance(value, torch.Tensor) else value == straight[name], name
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_saves_that_fail_are_told_and_at_last_end_the_run(
+    tmp_path: Path,
+    faces: Path,
+    asynchronous: bool,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = {"every_steps": 1, "max_failures": 3, "asynchronous": asynchronous}
+    config, run = config_file(tmp_path, faces, checkpoint=settings), tmp_path / "run"
+    with files_of_at_most(30_000):
+        assert main(["train", config]) == 2
+    warnings = [record.getMessage() for record in caplog.records if "save" in record.getMessage()]
+    assert [text[:28] for text in warnings] == ["save 1 in a row has failed; ", "save 2 in a row has failed; "]
+    assert "File too large" in capsys.readouterr().err
+    assert list((run / "checkpoints").iterdir()) == []
+    assert read_metrics(run / "metrics.jsonl")[-1]["step"] >= 3
+    # With room again it begins anew, for nothing was saved.
+    assert main(["train", config]) == 0
+    assert steps_of(run) == [4, 5, 6]
+
+
+def test_a_last_save_that_fails_ends_the_run(tmp_path: Path, faces: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_file(tmp_path, faces, checkpoint={"every_steps": None, "max_failures": 100})
+    with files_of_at_most(30_000):
+        assert main(["train", config]) == 2
+    assert "saving step 6" in (error := capsys.readouterr().err) or "writing" in error
+    assert "File too large" in error
+    assert main(["train", config]) == 0

@@ -62,8 +62,12 @@ def resume(run: Run) -> None:
         CheckpointError: if there are checkpoints, but none that can be loaded.
     """
     path = run.store.latest()
-    if path is None:
-        return
+    if path is not None:
+        _go_on_from(path, run)
+    run.store.collect_garbage(run.step)
+
+
+def _go_on_from(path: Path, run: Run) -> None:
     metadata = run.store.metadata(path)
     _check_facts(run, path, metadata)
     state = _state(run)

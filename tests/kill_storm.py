@@ -132,9 +132,8 @@ class Training:
         values: dict[str, Any] = {
             "run": {"directory": str(self.run), "log_every_steps": 1, "device": "cpu"},
             "data": {"directory": str(self.data), "image_size": 32, "num_workers": self.num_workers},
-            "backbone": {"name": "vit_tiny", "embedding_dim": 16, "options": {"final_norm": "none", "patch_size": 16}},
-            "head": {"margin": {"name": "CosFace", "scale": 16.0}, "sample_rate": 0.5},
-            "optimizer": {"name": "adamw", "learning_rate": 1e-4, "max_gradient_norm": 1.0},
+            "backbone": {"name": "iresnet10", "embedding_dim": 16, "options": {"width": 8, "dropout": 0.2}},
+            "head": {"margin": {"name": "AdaFace", "scale": 16.0}, "sample_rate": 0.5},
             "training": {
                 "epochs": STEPS * GLOBAL_BATCH / (IDENTITIES * IMAGES_PER_IDENTITY),
                 "global_batch_size": GLOBAL_BATCH,

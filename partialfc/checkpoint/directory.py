@@ -114,10 +114,10 @@ class CheckpointDirectory:
         try:
             steps = [number for number in self.steps() if number <= step]
             good = [number for number in steps if self.path_of(number).name not in self.damaged]
-            oldest = good[-self.keep_last :][0]
+            kept = set(good[-self.keep_last :])
             best = self._best_of(good) if self.keep_best else None
             for number in steps:
-                if number < oldest and number != best:
+                if kept and number < min(kept) and number != best:
                     path = self.path_of(number)
                     path.rename(self._trash_of(path))
             for leftover in self.path.glob(f"{_TEMPORARY_PREFIX}*"):

@@ -184,6 +184,15 @@ class CheckpointStore:
         self._agree(f"loading {path}", lambda: read_state(path, state, self.mesh.group))
         return manifest.metadata
 
+    def collect_garbage(self, step: int) -> None:
+        """Removes what a restart from `step` does not need: what a save does at its end, if it gets that far.
+
+        A run that is killed in a save leaves a part of one, which takes room; and there may be no later save. To be
+        called before the first save, and only by the run that may write here.
+        """
+        if self.mesh.rank == 0:
+            self._directory.collect_garbage(step)
+
     def _write(self, step: int, state: FlatState, metadata: dict[str, Any], mesh: ShardMesh) -> None:
         """From nothing to a committed checkpoint, over the ranks of `mesh`; also in the thread."""
         directory, first = self._directory, mesh.rank == 0

@@ -184,6 +184,19 @@ def test_what_is_not_committed_is_ignored_and_swept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000001", "step-00000002", "step-00000010.partial"]
 
 
+def test_a_restart_sweeps_what_a_killed_save_has_left(tmp_path: Path) -> None:
+    single_store(tmp_path, 1, 2, 3, 9, keep_last=4)
+    (tmp_path / "step-00000009").rename(tmp_path / "tmp-00000009-dead")
+    checkpoints = single_store(tmp_path, keep_last=2)
+    checkpoints.collect_garbage(3)
+    assert names(tmp_path) == ["step-00000002", "step-00000003"]
+    # Before there is any.
+    (tmp_path / "empty" / "tmp-00000001-dead").mkdir(parents=True)
+    CheckpointStore(tmp_path / "empty", mesh=checkpoints.mesh).collect_garbage(0)
+    assert names(tmp_path / "empty") == []
+    CheckpointStore(tmp_path / "missing", mesh=checkpoints.mesh).collect_garbage(0)
+
+
 def test_only_the_last_are_kept(tmp_path: Path) -> None:
     single_store(tmp_path, 1, 2, 30, 100, keep_last=2)
     assert names(tmp_path) == ["step-00000030", "step-00000100"]

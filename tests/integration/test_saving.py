@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import resource
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,43 +15,27 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+from small_run import make_faces, write_config
 from support import checkpoint_tensors
 
 from partialfc.checkpoint import CheckpointStore
 from partialfc.cli import main
-from partialfc.data import synthesize
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.evaluate import load_backbone
 from partialfc.telemetry import read_metrics
 
-GLOBAL_BATCH = 16
 STEPS = 6
-IMAGES = 24 * 4
 
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("data") / "faces"
-    synthesize(directory, identities=24, images_per_identity=4, seed=1, image_size=32, verification_identities=12)
-    return directory
+    return make_faces(tmp_path_factory.mktemp("data") / "faces")
 
 
 def config_file(tmp_path: Path, faces: Path, **sections: dict[str, Any]) -> str:
-    values: dict[str, Any] = {
-        "run": {"directory": str(tmp_path / "run"), "log_every_steps": 1, "device": "cpu"},
-        "data": {"directory": str(faces), "image_size": 32, "num_workers": 0},
-        "backbone": {"name": "iresnet10", "embedding_dim": 16, "options": {"width": 8, "dropout": 0.2}},
-        "head": {"margin": {"name": "ArcFace", "scale": 16.0}, "sample_rate": 0.5},
-        "training": {"epochs": STEPS * GLOBAL_BATCH / IMAGES, "global_batch_size": GLOBAL_BATCH},
-        "evaluation": {"enabled": False},
-        "checkpoint": {"every_steps": 3},
-    }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return str(path)
+    evaluation = {"enabled": False, **sections.pop("evaluation", {})}
+    checkpoint = {"every_steps": 3, **sections.pop("checkpoint", {})}
+    return str(write_config(tmp_path, faces, steps=STEPS, evaluation=evaluation, checkpoint=checkpoint, **sections))
 
 
 def steps_of(run: Path) -> list[int]:
@@ -72,12 +59,39 @@ def files_of_at_most(size_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+_HOLD = """
+import sys, time
+from partialfc.checkpoint import RunLock
+from partialfc.distributed.mesh import ShardMesh
+with RunLock(sys.argv[1], mesh=ShardMesh.single()):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_job_on_a_run_is_refused_and_changes_nothing(
+    tmp_path: Path, faces: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = config_file(tmp_path, faces), tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", _HOLD, str(run)], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            assert main(["train", config]) == 2
+            assert f"in use by process {holder.pid} on {socket.gethostname()}" in capsys.readouterr().err
+            assert [path.name for path in run.iterdir()] == ["lock"]
+        finally:
+            holder.kill()
+    # The lock goes with the one that had it.
+    assert main(["train", config]) == 0
+
+
 def test_the_best_is_kept_besides_the_last(tmp_path: Path, faces: Path) -> None:
     config, run = (
         config_file(
             tmp_path,
             faces,
-            evaluation={"enabled": True, "num_pairs": 100, "every_steps": 1},
+            evaluation={"enabled": True, "every_steps": 1},
             checkpoint={"every_steps": None, "keep_last": 1, "keep_best": True},
         ),
         tmp_path / "run",

@@ -12,44 +12,26 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+from small_run import IDENTITIES, make_faces, write_config
 from support import checkpoint_tensors
 
 from partialfc.cli import main
-from partialfc.data import synthesize
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.evaluate import load_backbone
 from partialfc.telemetry import read_metrics
 
-IDENTITIES = 24
-GLOBAL_BATCH = 16
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("data") / "faces"
-    synthesize(
-        directory, identities=IDENTITIES, images_per_identity=4, seed=1, image_size=32, verification_identities=12
-    )
-    return directory
+    return make_faces(tmp_path_factory.mktemp("data") / "faces")
 
 
 def _config(tmp_path: Path, faces: Path, **sections: dict[str, Any]) -> Path:
-    values: dict[str, Any] = {
-        "run": {"directory": str(tmp_path / "run"), "log_every_steps": 1, "device": "cpu"},
-        "data": {"directory": str(faces), "image_size": 32, "num_workers": 0},
-        "backbone": {"name": "iresnet10", "embedding_dim": 16, "options": {"width": 8, "dropout": 0.2}},
-        "head": {"margin": {"name": "ArcFace", "scale": 16.0}, "sample_rate": 0.5},
-        "training": {"epochs": STEPS * GLOBAL_BATCH / (IDENTITIES * 4), "global_batch_size": GLOBAL_BATCH},
-        "evaluation": {"at_start": True, "num_pairs": 100, "batch_size": 10},
-        "checkpoint": {"every_steps": 3},
-    }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
+    evaluation = {"at_start": True, **sections.pop("evaluation", {})}
+    checkpoint = {"every_steps": 3, **sections.pop("checkpoint", {})}
+    return write_config(tmp_path, faces, steps=STEPS, evaluation=evaluation, checkpoint=checkpoint, **sections)
 
 
 def _torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -29,7 +29,9 @@ def main(arguments: list[str]) -> int:
 
     def stop(number: int, frame: FrameType | None) -> None:
         # Torchrun takes this kind for a machine that leaves, and lets the others meet without it.
-        raise SignalException("told to stop", sigval=signal.Signals(number))
+        # It hands the same signal on, and ranks save at SIGTERM.
+        handed_on = signal.SIGTERM if number in (signal.SIGHUP, signal.SIGQUIT) else signal.Signals(number)
+        raise SignalException("told to stop", sigval=handed_on)
 
     for number in _SIGNALS:
         signal.signal(number, stop)

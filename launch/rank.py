@@ -1,7 +1,7 @@
 """One rank under launch/agent.py: `partialfc`, except that torchrun does not start it again after a user's mistake.
 
-To torchrun every exit code but 0 is a reason to start all ranks again. A mistyped configuration would be reported once
-for each restart. So such a rank leaves a mark for the agent, and ends as if all were well.
+To torchrun every exit code but 0 is a reason to end all ranks and to start them again. A mistyped configuration would
+be reported once for each restart. So such a rank leaves a mark, and when started again, ranks end as if all were well.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ def main(arguments: list[str]) -> int:
         code = partialfc(arguments)
     except SystemExit as exit_:  # argparse
         code = exit_.code if isinstance(exit_.code, int) else EXIT_USER_ERROR
-    if code != EXIT_USER_ERROR:
-        return code
-    final.touch()
-    return EXIT_OK
+    if code == EXIT_USER_ERROR:
+        final.touch()
+    return code
 
 
 if __name__ == "__main__":

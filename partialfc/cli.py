@@ -33,9 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace, signals: StopSignals | None) -> int:
     # Imported late: the message of a mistyped command need not wait for torch.
-    from partialfc.checkpoint import CheckpointError
+    from partialfc.checkpoint import CheckpointError, RunLockedError
     from partialfc.distributed.launch import RendezvousError
-    from partialfc.supervision.agreement import SupervisionError
+    from partialfc.saving import SaveError
+    from partialfc.supervision.agreement import SupervisionError, exit_code_of
     from partialfc.train import DivergedError
 
     try:
@@ -47,12 +48,18 @@ def _run(options: argparse.Namespace, signals: StopSignals | None) -> int:
         if not error.agreed or rank_from_environment() == 0:
             _say(error)
         return error.exit_code
-    except RendezvousError as error:
+    except (RendezvousError, SaveError) as error:
         _say(error)
         return EXIT_RETRY
-    except (ValueError, OSError, ImportError, CheckpointError, DivergedError) as error:
+    except (CheckpointError, DivergedError) as error:
         _say(error)
         return EXIT_USER_ERROR
+    except RunLockedError as error:
+        _say(error)
+        return EXIT_RETRY if error.by_same_job else EXIT_USER_ERROR
+    except (ValueError, OSError, ImportError) as error:
+        _say(error)
+        return exit_code_of(error) if signals is not None else EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("partialfc: interrupted", file=sys.stderr)
         return 130

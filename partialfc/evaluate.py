@@ -17,6 +17,7 @@ from partialfc.config import Config, load_config
 from partialfc.data import Batch, SequentialLoader, ShardIndex, normalize_images
 from partialfc.distributed.launch import process_group
 from partialfc.distributed.mesh import ShardMesh
+from partialfc.engine import PRECISIONS
 from partialfc.evaluation import (
     VerificationResult,
     extract_embeddings,
@@ -63,7 +64,7 @@ class Verification:
 
 def autocast_dtype(config: Config) -> torch.dtype | None:
     """The precision that the backbone runs in under autocast; None for fp32."""
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.training.precision]
+    return PRECISIONS[config.training.precision]
 
 
 def open_verification(config: Config) -> ShardIndex:
@@ -154,7 +155,8 @@ def evaluate_run(run_directory: str | Path) -> Verification:
         FileNotFoundError: if the run, its checkpoint or its verification data is missing.
     """
     config = _run_config(run_directory)
-    with process_group(config.run.device) as (mesh, device):
+    timeout_seconds = config.supervision.collective_timeout_seconds
+    with process_group(config.run.device, timeout_seconds=timeout_seconds) as (mesh, device):
         index = open_verification(config)
         backbone, _ = load_backbone(run_directory)
         return verify_backbone(backbone.to(device), index, config, mesh=mesh, device=device)

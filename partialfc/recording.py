@@ -46,7 +46,8 @@ class Record:
         run, progress = self._run, self._run.progress
         for batch in batches.values():
             self._bad_samples.add(run.step, batch.failures)
-        good = outcome.updated and math.isfinite(loss)
+        # In fp16 an overflow is ordinary, as long as the loss scale can still fall.
+        good = math.isfinite(loss) and (outcome.updated or outcome.loss_scale > 1.0)
         progress.skipped_steps = 0 if good else progress.skipped_steps + 1
         if progress.skipped_steps >= run.config.supervision.max_skipped_steps:
             self.finish()
@@ -64,6 +65,7 @@ class Record:
                 "images_per_second": throughput.images_per_second,
                 "data_waiting_share": throughput.waiting_share,
                 "bad_samples": self._bad_samples.counts.total(),
+                **({"loss_scale": outcome.loss_scale} if run.config.training.precision == "fp16" else {}),
                 **run.heads.diagnostics(),
             },
         )

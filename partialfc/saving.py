@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,16 @@ from partialfc.assembly import Progress, Run
 from partialfc.checkpoint import CheckpointError
 from partialfc.config import flat_settings
 
-__all__ = ["Saver", "resume"]
+__all__ = ["SaveError", "Saver", "resume"]
 
 logger = logging.getLogger(__name__)
 
 # A run may be given these, or do without, when it goes on.
 _OPTIONAL_SECTIONS = ("ema", "loss_scale")
+
+
+class SaveError(CheckpointError):
+    """Too many saves have failed. Earlier checkpoints are good; when the storage is well again, the run can go on."""
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -54,17 +57,22 @@ def _state(run: Run) -> dict[str, Any]:
     return {**run.engine.state_dict(), "head": run.heads.state_dict(), "progress": {"state": progress}}
 
 
-def resume(run: Run) -> None:
+def resume(run: Run) -> int | None:
     """Goes on from the newest good checkpoint, if there is one. Collective.
+
+    Returns:
+        The step of that checkpoint.
 
     Raises:
         ValueError: if the checkpoint is that of another run, or past the end of this one.
         CheckpointError: if there are checkpoints, but none that can be loaded.
     """
+    run.store.put_back()
     path = run.store.latest()
     if path is not None:
         _go_on_from(path, run)
     run.store.collect_garbage(run.step)
+    return None if path is None else run.step
 
 
 def _go_on_from(path: Path, run: Run) -> None:
@@ -112,16 +120,18 @@ def _changed_settings(run: Run, metadata: dict[str, Any]) -> dict[str, tuple[Any
 class Saver:
     """Saves a run at its intervals. Collective, as is the store beneath.
 
-    A save that fails leaves earlier checkpoints as they were, and the run goes on without it. Only the last save, that
-    of a run which is told to stop, and too many failures in a row end the run.
+    A save that fails leaves earlier checkpoints as they were, and the run goes on without it. Only the last save, and
+    too many failures in a row end the run.
 
     Args:
         run: the run.
+        saved_step: of the checkpoint from which it goes on; None if it begins.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, saved_step: int | None) -> None:
         self._run = run
-        self._failures, self._under_way = 0, False
+        self._saved_step, self._step_under_way = saved_step, saved_step
+        self._failures = 0
 
     def is_due(self, *, evaluated: bool) -> bool:
         """Whether the run is to be saved after the present step, in which it was evaluated or not."""
@@ -136,62 +146,76 @@ class Saver:
             score: how good it is; among checkpoints that have one the best is kept.
 
         Raises:
-            CheckpointError: if too many saves in a row have failed.
+            SaveError: if too many saves in a row have failed.
         """
-        blocking = not self._run.config.checkpoint.asynchronous
         self.wait()
-        if self._try(lambda: self._save(score, blocking=blocking), ends_a_save=blocking):
-            self._under_way = not blocking
+        try:
+            self._begin(score, blocking=not self._run.config.checkpoint.asynchronous)
+        except CheckpointError as error:
+            self._note_failure(error)
 
     def save_last(self, *, score: float | None = None) -> None:
-        """Saves the run as it is now and returns when that is done.
+        """Makes sure that the run is saved as it is now.
 
         Raises:
-            CheckpointError: if it fails.
+            SaveError: if it cannot be.
         """
         self.wait()
-        self._save(score, blocking=True)
+        # A second save of the same step would put one without a score in the place of one that has it.
+        if self._saved_step == self._run.step:
+            return
+        try:
+            self._begin(score, blocking=True)
+        except CheckpointError as error:
+            raise SaveError(str(error)) from error
 
     def wait(self) -> None:
         """Until no save is under way.
 
         Raises:
-            CheckpointError: if too many saves in a row have failed.
+            SaveError: if too many saves in a row have failed.
         """
-        self._try(self._run.store.wait, ends_a_save=self._under_way)
-        self._under_way = False
+        try:
+            self._run.store.wait()
+        except CheckpointError as error:
+            self._note_failure(error)
+        else:
+            self._note_success()
 
     def poll(self) -> None:
-        """Once a step: takes notice of a save that has ended meanwhile.
+        """Once a step: takes notice of a save that has failed meanwhile.
 
         Raises:
-            CheckpointError: if too many saves in a row have failed.
+            SaveError: if too many saves in a row have failed.
         """
-        self._try(self._run.store.poll, ends_a_save=False)
+        try:
+            self._run.store.poll()
+        except CheckpointError as error:
+            self._note_failure(error)
 
-    def _save(self, score: float | None, *, blocking: bool) -> None:
+    def _begin(self, score: float | None, *, blocking: bool) -> None:
         run = self._run
         state = _state(run)
         metadata = {**_facts(run), "sections": list(state), "settings": flat_settings(run.config)}
         run.store.save(run.step, state, metadata=metadata, score=score, blocking=blocking)
+        self._step_under_way = run.step
+        if blocking:
+            self._note_success()
 
-    def _try(self, stage: Callable[[], object], *, ends_a_save: bool) -> bool:
-        """Whether it succeeded; a failure is counted."""
-        try:
-            stage()
-        except CheckpointError as error:
-            self._failures, self._under_way = self._failures + 1, False
-            allowed = self._run.config.checkpoint.max_failures
-            if self._failures >= allowed:
-                raise
-            if self._run.is_first_rank:
-                logger.warning(
-                    "save %d in a row has failed; at checkpoint.max_failures=%d the run stops: %s",
-                    self._failures,
-                    allowed,
-                    error,
-                )
-            return False
-        if ends_a_save:
-            self._failures = 0
-        return True
+    def _note_success(self) -> None:
+        if self._saved_step != self._step_under_way:
+            self._saved_step, self._failures = self._step_under_way, 0
+
+    def _note_failure(self, error: CheckpointError) -> None:
+        self._step_under_way = self._saved_step
+        self._failures += 1
+        allowed = self._run.config.checkpoint.max_failures
+        if self._failures >= allowed:
+            raise SaveError(f"{self._failures} saves in a row have failed, the last of them: {error}") from error
+        if self._run.is_first_rank:
+            logger.warning(
+                "save %d in a row has failed; at checkpoint.max_failures=%d the run stops: %s",
+                self._failures,
+                allowed,
+                error,
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from partialfc.assembly import Run, assemble, open_tasks, task_loader
-from partialfc.checkpoint import CheckpointError, RunLock
+from partialfc.checkpoint import RunLock
 from partialfc.config import Config, flat_settings, write_config
 from partialfc.data import Batch, normalize_images
 from partialfc.distributed.launch import process_group
@@ -21,14 +22,16 @@ from partialfc.evaluate import Verification, verify_backbone
 from partialfc.evaluation import plot_loss, plot_roc
 from partialfc.keyed import hash64
 from partialfc.recording import DivergedError, Record
-from partialfc.saving import Saver, resume
-from partialfc.supervision.agreement import RankError
+from partialfc.saving import SaveError, Saver, resume
 from partialfc.supervision.signals import StopSignals
 from partialfc.supervision.supervisor import Supervisor
 from partialfc.telemetry import METRICS_FILE, MetricsLog, ProgressBar, Throughput, profiled, read_metrics
 
 __all__ = ["DivergedError", "Trained", "train"]
 
+logger = logging.getLogger(__name__)
+
+_LAST_SAVE_SECONDS = 60.0
 _DROPOUT_STREAM = 4  # keeps these hashes apart from those of other parts that use the same seed
 
 
@@ -62,6 +65,8 @@ def train(config: Config, *, signals: StopSignals | None = None) -> Trained:
         SupervisionError: on all ranks, if one has failed, or a signal has told the run to stop.
     """
     settings = config.supervision
+    if signals is not None:
+        signals.grace_seconds = settings.grace_seconds
     with (
         process_group(config.run.device, timeout_seconds=settings.collective_timeout_seconds) as (mesh, device),
         Supervisor(
@@ -87,17 +92,17 @@ def _train(run: Run, supervisor: Supervisor) -> Trained:
         with supervisor.phase("evaluation"):
             verifications["pixels"] = _verify(run, nn.Flatten())
             verifications["untrained"] = _verify(run, run.engine.evaluation_backbone())
-    resume(run)
+    saved_step = resume(run)
     # Not before, so that a run which cannot begin or go on leaves everything as it was.
     write_config(run.config, first_rank=run.is_first_rank)
-    saver = Saver(run)
+    saver = Saver(run, saved_step=saved_step)
     with MetricsLog(run.directory, resume_step=run.step + 1, enabled=run.is_first_rank) as metrics:
         try:
             throughput = _train_steps(run, metrics, saver, supervisor)
-        except (DivergedError, RankError):
-            # All ranks end here together, so a save that is under way can be finished.
-            with suppress(CheckpointError):
-                saver.wait()
+        except Exception:
+            # Most errors end all ranks alike, so a save that is under way can be finished. Not all, hence the limit.
+            with supervisor.phase("save"):
+                run.store.join(timeout_seconds=_LAST_SAVE_SECONDS)
             raise
     if run.verification_index is not None:
         with supervisor.phase("evaluation"):
@@ -187,8 +192,12 @@ def _stop(run: Run, record: Record, saver: Saver, supervisor: Supervisor) -> NoR
     """All ranks have agreed to: what is done up to here is saved."""
     with supervisor.phase("save"):
         record.settle()
-        saver.save_last()
-    raise supervisor.stopped(run.step)
+        try:
+            saver.save_last()
+        except SaveError as error:
+            logger.error("stopping without a checkpoint of step %d: %s", run.step, error)
+            raise supervisor.stopped(run.step, saved=False) from error
+    raise supervisor.stopped(run.step, saved=True)
 
 
 def _verify(run: Run, backbone: nn.Module) -> Verification:

@@ -20,7 +20,8 @@ describe() {
 
 # Runs all ranks: a task of srun for each, or (LAUNCH=torchrun) for each machine, where torchrun starts them.
 run_ranks() {
-    local options=(--kill-on-bad-exit=1) tasks=${SLURM_NTASKS_PER_NODE:-1} cores=${SLURM_CPUS_PER_TASK:-1}
+    # When one ends, the others have time to end with a code of their own, before they are killed.
+    local options=(--kill-on-bad-exit=0 --wait=30) tasks=${SLURM_NTASKS_PER_NODE:-1} cores=${SLURM_CPUS_PER_TASK:-1}
     case ${LAUNCH:-srun} in
     srun)
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cores}
@@ -83,10 +84,11 @@ run_job() {
         say "job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), ${SLURM_JOB_NODELIST:-}, run directory $run_directory"
         run_ranks "$@" &
         ranks=$!
+        # A signal ends the first wait, and not the ranks.
         while kill -0 "$ranks" 2>/dev/null; do
-            code=0
-            wait "$ranks" || code=$?
+            wait "$ranks" || true
         done
+        wait "$ranks" || code=$?
     fi
     # Apart from these, srun's code says little: the highest of all tasks, or that of a signal.
     if [[ $ranks && $code == 0 ]]; then

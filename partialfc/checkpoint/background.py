@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch.distributed as dist
 
@@ -52,10 +52,10 @@ class BackgroundSave:
         busy = not self._under_way[1].done()
         return not max_over_ranks([int(busy)], self._mesh, what="whether a checkpoint is being written")[0]
 
-    def join(self) -> None:
-        """Waits until nothing is under way; how it ended remains to be reported."""
+    def join(self, timeout_seconds: float | None = None) -> None:
+        """Waits until nothing is under way, or for so long; how it ended remains to be reported. Not collective."""
         if self._under_way is not None:
-            self._under_way[1].exception()
+            wait([self._under_way[1]], timeout_seconds)
 
     def report(self) -> None:
         """Waits, and tells how it ended, once.

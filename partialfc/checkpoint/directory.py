@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _COMMITTED_NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY_PREFIX = "tmp-"
+_REPLACED_PREFIX = "tmp-replaced-"
 
 
 def step_of(path: Path) -> int | None:
@@ -93,7 +94,7 @@ class CheckpointDirectory:
             manifest.write(temporary)
             fsync_directory(temporary)
             path = self.path_of(step)
-            replaced = path.rename(self._trash_of(path)) if path.exists() else None
+            replaced = path.rename(self.path / f"{_REPLACED_PREFIX}{path.name}") if path.exists() else None
             try:
                 temporary.rename(path)
                 fsync_directory(self.path)
@@ -125,6 +126,13 @@ class CheckpointDirectory:
         except OSError as error:
             # The new checkpoint is committed; old ones that stay cost only space, and are tried again at the next save.
             logger.warning("could not remove old checkpoints in %s: %s", self.path, error)
+
+    def put_back(self) -> None:
+        """Gives a checkpoint its name again that was to be replaced by a process that was killed just then."""
+        for replaced in self.path.glob(f"{_REPLACED_PREFIX}*"):
+            path = self.path / replaced.name.removeprefix(_REPLACED_PREFIX)
+            if not path.exists():
+                replaced.rename(path)
 
     def _best_of(self, steps: list[int]) -> int | None:
         scores = {step: score for step, score in self.scores().items() if step in steps}

@@ -27,12 +27,20 @@ LOCK_NAME = "lock"
 _HELD = {errno.EACCES, errno.EAGAIN}
 _NOT_SUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _POLL_SECONDS = 0.2
+_PREDECESSOR_SECONDS = 120.0  # A server of files keeps the lock of a machine that is gone for a minute or two.
 
 _held_here: set[tuple[int, int]] = set()
 
 
 class RunLockedError(ValueError):
-    """Another job has the run. Raised on all ranks alike; the message says which."""
+    """Another job has the run. Raised on all ranks alike; the message says which.
+
+    Attributes:
+        by_same_job: whether it is an earlier start of this very job, on a machine that is gone, say, so that another
+            start may find it gone.
+    """
+
+    by_same_job = False
 
 
 class RunLock:
@@ -124,11 +132,14 @@ class RunLock:
                     return
                 if error.errno not in _HELD:
                     raise
-            if time.monotonic() >= deadline:
-                raise RunLockedError(
+            by_same_job = _job() is not None and _record(descriptor).get("job") == _job()
+            if time.monotonic() >= deadline + (_PREDECESSOR_SECONDS if by_same_job else 0.0):
+                refusal = RunLockedError(
                     f"{self.path.parent} is in use by {_holder(descriptor)}; stop that job, or give this one another "
                     "run.directory"
                 )
+                refusal.by_same_job = by_same_job
+                raise refusal
             if not told:
                 logger.info("waiting up to %g s for %s to end", self.wait_seconds, _holder(descriptor))
                 told = True
@@ -152,11 +163,19 @@ def _write_holder(descriptor: int) -> None:
 def _holder(descriptor: int) -> str:
     """Who has the lock, in words."""
     try:
-        known: dict[str, Any] = json.loads(os.pread(descriptor, 2**16, 0))
+        known = _record(descriptor)
         job = f" ({known['job']})" if known["job"] else ""
         return f"process {known['pid']} on {known['host']}{job}, since {known['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except KeyError:
         return "a process that has not said who it is"
+
+
+def _record(descriptor: int) -> dict[str, Any]:
+    try:
+        known = json.loads(os.pread(descriptor, 2**16, 0))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _job() -> str | None:
@@ -164,5 +183,5 @@ def _job() -> str | None:
     if job := os.environ.get("SLURM_JOB_ID"):
         return f"Slurm job {job}"
     if job := os.environ.get("TORCHELASTIC_RUN_ID"):
-        return f"torchrun {job}, restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        return f"torchrun {job}"
     return None

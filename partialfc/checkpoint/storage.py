@@ -33,6 +33,9 @@ def write_state(directory: Path, state: FlatState, group: dist.ProcessGroup | No
     """
     if group is None:
         return write_parts(directory, [state])
+    if not dist.is_initialized():
+        # DCP would take that for a process on its own, and each rank would write for itself.
+        raise RuntimeError("the process group has ended")
     writer, file_system = _open_writer(directory)
     planner = PartPlanner(state.paths)
     dcp.save(dict(state.values), storage_writer=writer, planner=planner, process_group=group)

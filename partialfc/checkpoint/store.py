@@ -122,6 +122,10 @@ class CheckpointStore:
         if self._background.is_over():
             self._background.report()
 
+    def join(self, *, timeout_seconds: float) -> None:
+        """Waits for a save that is under way, but not for ever, and whatever becomes of it. Not collective."""
+        self._background.join(timeout_seconds)
+
     def latest(self) -> Path | None:
         """The newest committed checkpoint whose files all match its manifest.
 
@@ -183,6 +187,11 @@ class CheckpointStore:
         manifest = self._verify(path)
         self._agree(f"loading {path}", lambda: read_state(path, state, self.mesh.group))
         return manifest.metadata
+
+    def put_back(self) -> None:
+        """Restores what a save was replacing when it was killed. To be called by the run that may write here."""
+        if self.mesh.rank == 0:
+            self._directory.put_back()
 
     def collect_garbage(self, step: int) -> None:
         """Removes what a restart from `step` does not need: what a save does at its end, if it gets that far.

@@ -111,7 +111,9 @@ class DataConfig(_Section):
         default=None, description="package.module:function that returns webdataset stages; loader webdataset only"
     )
     num_workers: int = Field(default=2, ge=0, description="loader processes of each rank; 0 loads in the rank itself")
-    timeout_seconds: float = Field(default=600.0, gt=0, description="to wait for a batch before the run stops")
+    timeout_seconds: float = Field(
+        default=240.0, gt=0, description="to wait for a batch before the run stops; supervision has limits too"
+    )
     read_ahead: bool = Field(
         default=False, description="read the next windows in large pieces: for slow disks and URLs"
     )
@@ -256,9 +258,10 @@ class EngineConfig(_Section):
     )
 
     @model_validator(mode="after")
-    def _json_for_deepspeed(self) -> EngineConfig:
-        if self.deepspeed_json is not None and self.name != "deepspeed":
-            raise ValueError(f"engine.deepspeed_json needs engine.name=deepspeed, but that is {self.name}")
+    def _for_deepspeed(self) -> EngineConfig:
+        for name, default in (("deepspeed_json", None), ("zero_stage", 2)):
+            if getattr(self, name) != default and self.name != "deepspeed":
+                raise ValueError(f"engine.{name} needs engine.name=deepspeed, but that is {self.name}")
         return self
 
 
@@ -281,6 +284,12 @@ class SupervisionConfig(_Section):
     collective_timeout_seconds: float = Field(default=600.0, ge=1, le=86400, description="to wait for other ranks")
     hang_timeout_seconds: float = Field(
         default=300.0, ge=1, le=86400, description="without a step of some rank; then that is named and the run stopped"
+    )
+    grace_seconds: float = Field(
+        default=20.0,
+        gt=0,
+        le=86400,
+        description="from SIGTERM to the end of a step, else no save",
     )
     max_skipped_steps: int = Field(
         default=20, ge=1, description="in a row, whose loss or gradient is not finite, before the run stops"

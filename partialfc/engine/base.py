@@ -15,10 +15,12 @@ class StepOutcome(NamedTuple):
     Attributes:
         gradient_norm: of the mean loss over the global batch, before clipping; maybe not finite.
         updated: whether the backbone moved. It does not if the gradient is not finite on any rank.
+        loss_scale: with which the gradient was computed; 1 where there is none, and where it cannot be smaller.
     """
 
     gradient_norm: float
     updated: bool
+    loss_scale: float = 1.0
 
 
 class BackboneEngine(Protocol):

@@ -128,6 +128,7 @@ class PortionedEngine(ABC):
     def _settle(self, outcome: StepOutcome) -> StepOutcome:
         """After a step: what follows from its outcome."""
         if self._loss_scale is not None:
+            outcome = outcome._replace(loss_scale=self._loss_scale.value)
             self._loss_scale.update(finite=outcome.updated)
         if not outcome.updated:
             # An image with a NaN must not stay in the batch statistics for good.

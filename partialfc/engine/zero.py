@@ -102,7 +102,12 @@ class DeepSpeedEngine(PortionedEngine):
         self._engine.backward((output * gradient).sum(), scale_wrt_gas=False)
 
     def _tracked(self) -> dict[str, Tensor]:
-        buffers = {name: buffer for name, buffer in self._backbone.named_buffers() if buffer.is_floating_point()}
+        saved = self._backbone.state_dict().keys()  # not all buffers are
+        buffers = {
+            name: buffer
+            for name, buffer in self._backbone.named_buffers()
+            if buffer.is_floating_point() and name in saved
+        }
         parameters: dict[str, Any] = dict(self._backbone.named_parameters())
         return {name: p.ds_tensor if self._gathers_weights else p for name, p in parameters.items()} | buffers
 

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 from dataclasses import dataclass
 from signal import Signals
 
+from partialfc.data.errors import DataError
 from partialfc.distributed.collectives import gather_objects, max_over_ranks
 from partialfc.distributed.mesh import ShardMesh
-from partialfc.supervision.exit_codes import EXIT_STOPPED, EXIT_USER_ERROR
+from partialfc.supervision.exit_codes import EXIT_OK, EXIT_RETRY, EXIT_STOPPED, EXIT_USER_ERROR
 
 __all__ = ["RankError", "StoppedError", "SupervisionError", "Verdict", "agree"]
 
 logger = logging.getLogger(__name__)
 
 _EXIT_BUG = 1
-_USER_ERRORS = (ValueError, OSError, ImportError)
+_KINDS = (EXIT_OK, EXIT_RETRY, EXIT_USER_ERROR, _EXIT_BUG)  # where ranks have several, the last of them counts
 _SHOWN = 10
+# What a file system or a network may say today, and not tomorrow.
+_PASSING = {
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOMEM,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.ECONNREFUSED,
+    errno.ECONNABORTED,
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.ENETDOWN,
+    errno.ENOTCONN,
+    errno.EREMOTEIO,
+}
 
 
 class SupervisionError(RuntimeError):
@@ -43,13 +62,20 @@ class RankError(SupervisionError):
 
 
 class StoppedError(SupervisionError):
-    """All ranks have agreed to stop since some were told to, and have saved. Raised on all ranks alike."""
+    """All ranks have agreed to stop since some were told to. Raised on all ranks alike.
+
+    Args:
+        number: of the signal.
+        step: after which.
+        saved: whether there is a checkpoint of that step.
+    """
 
     exit_code = EXIT_STOPPED
     agreed = True
 
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"told to stop by {Signals(number).name}; saved after step {step}, start again to go on")
+    def __init__(self, number: int, step: int, *, saved: bool = True) -> None:
+        what = "saved" if saved else "could not be saved"
+        super().__init__(f"told to stop by {Signals(number).name}; {what} after step {step}, start again to go on")
 
 
 @dataclass(frozen=True)
@@ -79,19 +105,28 @@ def agree(mesh: ShardMesh, *, signal: int, error: BaseException | None) -> Verdi
     Raises:
         RankError: on all ranks, if any has an error; a process on its own raises the error itself.
     """
-    kind = 0 if error is None else 1 if isinstance(error, _USER_ERRORS) else 2
-    highest, worst = max_over_ranks([signal, kind], mesh, what="signals and errors")
-    if worst == 0:
+    code = EXIT_OK if error is None else exit_code_of(error)
+    highest, kind = max_over_ranks([signal, _KINDS.index(code)], mesh, what="signals and errors")
+    if kind == 0:
         return Verdict(highest)
     if error is not None and mesh.size == 1:
         raise error
-    if kind == 2:
+    if code == _EXIT_BUG:
         logger.error("this rank cannot go on", exc_info=error)
     mine = None if error is None else f"rank {mesh.rank} ({socket.gethostname()}): {describe(error)}"
     messages = [message for message in gather_objects(mine, mesh, what="errors") if message is not None]
     shown = "\n".join(messages[:_SHOWN])
     more = f"\nand {len(messages) - _SHOWN} more ranks" if len(messages) > _SHOWN else ""
-    raise RankError(shown + more, EXIT_USER_ERROR if worst == 1 else _EXIT_BUG) from error
+    raise RankError(shown + more, _KINDS[kind]) from error
+
+
+def exit_code_of(error: BaseException) -> int:
+    """With which a run should end because of an error: whether another start of the same may end better."""
+    if isinstance(error, SupervisionError):
+        return error.exit_code
+    if isinstance(error, DataError) or (isinstance(error, OSError) and error.errno in _PASSING):
+        return EXIT_RETRY
+    return EXIT_USER_ERROR if isinstance(error, ValueError | OSError | ImportError) else _EXIT_BUG
 
 
 def describe(error: BaseException) -> str:

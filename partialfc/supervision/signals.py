@@ -49,12 +49,13 @@ class StopSignals:
             torchrun wait before they kill.
 
     Attributes:
+        grace_seconds: as given; may be set later.
         received: the first signal's number; 0 before.
     """
 
     def __init__(self, *, grace_seconds: float = 20.0) -> None:
         self.received = 0
-        self._grace_seconds = grace_seconds
+        self.grace_seconds = grace_seconds
         self._deferred = self._answered = False
         self._deadline = float("inf")
         self._interrupted_at: float | None = None
@@ -117,14 +118,14 @@ class StopSignals:
                 leave_at_once(EXIT_RETRY)
             with self._lock:
                 if time.monotonic() >= self._deadline and not self._answered:
-                    self._leave(f", and the step did not end within {self._grace_seconds:g} seconds", stacks=True)
+                    self._leave(f", and the step did not end within {self.grace_seconds:g} seconds", stacks=True)
 
     def _hear(self, number: int) -> None:
         with self._lock:
             now = time.monotonic()
             self.received = self.received or number
             if number != signal.SIGUSR2:
-                self._deadline = min(self._deadline, now + self._grace_seconds)
+                self._deadline = min(self._deadline, now + self.grace_seconds)
             if not self._deferred and not self._answered:
                 self._leave()
             if number == signal.SIGINT:

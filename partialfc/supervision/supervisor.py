@@ -42,7 +42,7 @@ class Supervisor:
                     batch = supervisor.together(lambda: next(batches))
                     if supervisor.stopping:
                         save(step)
-                        raise supervisor.stopped(step)
+                        raise supervisor.stopped(step, saved=True)
                     ...
                     with supervisor.phase("evaluation"):    # the limit of hangs does not hold
                         ...
@@ -129,9 +129,9 @@ class Supervisor:
         checked: Result = result
         return checked
 
-    def stopped(self, step: int) -> StoppedError:
-        """To be raised when all is saved after `stopping`."""
-        return StoppedError(self._signal, step)
+    def stopped(self, step: int, *, saved: bool) -> StoppedError:
+        """To be raised when all is saved, or could not be, after `stopping`."""
+        return StoppedError(self._signal, step, saved=saved)
 
     def preflight(self, device: torch.device, *, facts: dict[str, Any]) -> None:
         """Compares the ranks before the first step; see `partialfc.supervision.preflight`. Collective.
@@ -149,6 +149,8 @@ def _agreed(error: BaseException) -> bool:
 def _is_of_communication(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
+    if isinstance(error, ValueError | OSError):  # which may quote anything
+        return False
     text = str(error)
     return any(word in text for word in _OF_COMMUNICATION)
 

@@ -139,11 +139,12 @@ class Watchdog:
 
     def _beat(self) -> Beat:
         self._count += 1
+        phases = tuple(self._phases)  # the main thread changes them meanwhile
         waits, code = _main_thread(self._main)
         return Beat(
             count=self._count,
             step=self._step,
-            phase=self._phases[-1] if self._phases else "",
+            phase=phases[-1] if phases else "",
             collectives=TRAIL.calls.total(),
             collective=TRAIL.last,
             waits=waits,

@@ -21,9 +21,6 @@ IMAGES = IDENTITIES * 4
 GLOBAL_BATCH = 24
 STEPS = 8  # of an epoch of 11.7
 
-# Without batch norm and dropout, so that it does not matter to it which images a rank has. Also in spawned processes.
-BACKBONES["vit_for_tests"] = partial(VisionTransformer, 64, 2)
-
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {"name": "ddp"},
     "fsdp2": {"name": "fsdp2"},
@@ -80,6 +77,8 @@ def losses_of(run: Path) -> list[float]:
 
 
 def _train_all(rank: int, world_size: int, configs: list[str]) -> None:
+    # Without batch norm and dropout, so that it does not matter to it which images a rank has.
+    BACKBONES["vit_for_tests"] = partial(VisionTransformer, 64, 2)
     for config in configs:
         assert main(["train", config]) == 0, config
 

@@ -112,11 +112,17 @@ def _check(training: Training, undisturbed: Undisturbed) -> None:
         assert aftermath.lost is None or 0 <= aftermath.lost <= bound, aftermath
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_run_that_is_killed_twice_ends_as_if_undisturbed(
+# Two that have every kind of kill, in every phase, with saves of both kinds.
+QUICK = (5, 7)
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=[] if seed in QUICK else pytest.mark.soak) for seed in range(20)]
+)
+def test_a_run_that_is_killed_five_times_ends_as_if_undisturbed(
     tmp_path: Path, undisturbed: Undisturbed, records: Path, seed: int
 ) -> None:
-    _run(tmp_path / "run", draw(seed, kills=2), undisturbed, records)
+    _run(tmp_path / "run", draw(seed, kills=5), undisturbed, records)
 
 
 @pytest.mark.soak

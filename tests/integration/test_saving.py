@@ -22,6 +22,7 @@ from partialfc.checkpoint import CheckpointStore
 from partialfc.cli import main
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.evaluate import load_backbone
+from partialfc.supervision.exit_codes import EXIT_RETRY
 from partialfc.telemetry import read_metrics
 
 STEPS = 6
@@ -173,7 +174,7 @@ def test_saves_that_fail_are_told_and_at_last_end_the_run(
     settings = {"every_steps": 1, "max_failures": 3, "asynchronous": asynchronous}
     config, run = config_file(tmp_path, faces, checkpoint=settings), tmp_path / "run"
     with files_of_at_most(30_000):
-        assert main(["train", config]) == 2
+        assert main(["train", config]) == EXIT_RETRY
     warnings = [record.getMessage() for record in caplog.records if "save" in record.getMessage()]
     assert [text[:28] for text in warnings] == ["save 1 in a row has failed; ", "save 2 in a row has failed; "]
     assert "File too large" in capsys.readouterr().err
@@ -187,7 +188,7 @@ def test_saves_that_fail_are_told_and_at_last_end_the_run(
 def test_a_last_save_that_fails_ends_the_run(tmp_path: Path, faces: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_file(tmp_path, faces, checkpoint={"every_steps": None, "max_failures": 100})
     with files_of_at_most(30_000):
-        assert main(["train", config]) == 2
+        assert main(["train", config]) == EXIT_RETRY
     assert "saving step 6" in (error := capsys.readouterr().err) or "writing" in error
     assert "File too large" in error
     assert main(["train", config]) == 0

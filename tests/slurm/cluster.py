@@ -66,7 +66,7 @@ class Cluster:
     def run(self, *command: str, check: bool = True, cwd: Path | None = None, **variables: str) -> str:
         """The standard output of a command."""
         finished = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, cwd=cwd, env={**self.environment, **variables}
+            command, capture_output=True, text=True, timeout=240, cwd=cwd, env={**self.environment, **variables}
         )
         if check:
             assert finished.returncode == 0, f"{command}: {finished.stdout}{finished.stderr}"

@@ -178,18 +178,27 @@ def test_scientific_notation_is_a_number(write, text, number):
             "head.smaple_rate=0.1",
             "head.smaple_rate: unknown key; did you mean 'sample_rate'?; allowed are margin, sample_rate, "
             "sampling, sampling_correction, num_subcenters, interclass_filtering_threshold, variational, auxiliaries, "
-            "optimizer, dtype, matmul_dtype, fused, offload, init_std, num_classes, loss_weight",
+            "optimizer, dtype, matmul_dtype, gather_dtype, shard_over, fused, offload, init_std, num_classes, "
+            "loss_weight",
         ),
         (
             "bakbone.name=vit_tiny",
             "bakbone: unknown key; did you mean 'backbone'?; allowed are run, data, backbone, head, optimizer, "
-            "training, tasks, evaluation, checkpoint",
+            "training, tasks, evaluation, engine, checkpoint, supervision",
         ),
         ("head.sample_rate=0", "head.sample_rate: 0 given; must be greater than 0"),
         ("head.sample_rate=1.5", "head.sample_rate: 1.5 given; must be less than or equal to 1"),
         ("run.seed=x", "run.seed: 'x' given; must be a valid integer, unable to parse string as an integer"),
         ("head.sample_rate.x=1", "head.sample_rate: {'x': 1} given; must be a valid number"),
-        ("training.precision=fp8", "training.precision: 'fp8' given; must be 'fp32' or 'bf16'"),
+        ("training.precision=fp8", "training.precision: 'fp8' given; must be 'fp32', 'bf16' or 'fp16'"),
+        (
+            "engine.zero_stage=3",
+            "engine: {'zero_stage': 3} given; engine.zero_stage needs engine.name=deepspeed, but that is ddp",
+        ),
+        (
+            "supervision.hang_timeout_seconds=0",
+            "supervision.hang_timeout_seconds: 0 given; must be greater than or equal to 1",
+        ),
         ("evaluation.num_pairs=30", "evaluation.num_pairs: 30 given; must be a multiple of 20"),
         ("optimizer.name=lamb", "optimizer.name: 'lamb' given; must be 'sgd' or 'adamw'"),
         (

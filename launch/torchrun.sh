@@ -27,6 +27,25 @@ launch=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/python.sh
 source "$launch/python.sh"
 
+refuse() {
+    echo "launch/torchrun.sh: $*" >&2
+    exit 2
+}
+
+# NAME ALLOWED PATTERN: what is set must be like that.
+check() {
+    [[ -z ${!1:-} || ${!1} =~ ^($3)$ ]] || refuse "$1 is '${!1}', but must be $2"
+}
+
+check NNODES "a number, or LEAST:MOST such as 1:4" "[1-9][0-9]*(:[1-9][0-9]*)?"
+[[ ${NNODES:-1} != *:* ]] || ((${NNODES%:*} <= ${NNODES#*:})) || refuse "NNODES is '$NNODES', but LEAST must not be above MOST"
+check NPROC_PER_NODE "a number from 1 on" "[1-9][0-9]*"
+check NODE_RANK "a number from 0 on" "[0-9]+"
+check MAX_RESTARTS "a number from 0 on" "[0-9]+"
+check JOIN_SECONDS "a number from 1 on" "[1-9][0-9]*"
+check MASTER_PORT "a number from 1 to 65535" "[1-9][0-9]{0,4}"
+check OMP_NUM_THREADS "a number from 1 on" "[1-9][0-9]*"
+
 if [[ -z ${NPROC_PER_NODE:-} ]]; then
     gpus=$("${python[@]}" -c 'import torch; print(torch.cuda.device_count())')
     NPROC_PER_NODE=$((gpus > 0 ? gpus : 2))
@@ -40,15 +59,13 @@ export OMP_NUM_THREADS
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 NNODES=${NNODES:-1}
-if [[ ! $NNODES =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then
-    echo "launch/torchrun.sh: NNODES is '$NNODES', but must be a number, or LEAST:MOST such as 1:4" >&2
-    exit 2
-fi
 if [[ $NNODES == 1 ]]; then
     where=(--standalone)
 else
-    : "${MASTER_ADDR:?NNODES is $NNODES, so set MASTER_ADDR to the host name or address of the machine where all meet}"
-    : "${NODE_RANK:?NNODES is $NNODES, so set NODE_RANK to 0 on the machine of MASTER_ADDR, to other numbers elsewhere}"
+    [[ -n ${MASTER_ADDR:-} ]] ||
+        refuse "NNODES is $NNODES, so set MASTER_ADDR to the host name or address of the machine where all meet"
+    [[ -n ${NODE_RANK:-} ]] ||
+        refuse "NNODES is $NNODES, so set NODE_RANK to 0 on the machine of MASTER_ADDR, to other numbers elsewhere"
     MASTER_PORT=${MASTER_PORT:-29500} JOIN_SECONDS=${JOIN_SECONDS:-600}
     # A machine that is gone is missed after 3 seconds, and the others go on 5 seconds after the last of them has come.
     # One that has lost the place where all meet gives up after 20 seconds.

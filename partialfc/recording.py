@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from partialfc.assembly import Run
-from partialfc.bad_samples import BadSamples
+from partialfc.bad_samples import BAD_SAMPLES_FILE, BadSamples
 from partialfc.data import Batch
 from partialfc.engine import StepOutcome
-from partialfc.telemetry import MetricsLog, Throughput
+from partialfc.telemetry import METRICS_FILE, TENSORBOARD_DIRECTORY, MetricsLog, Throughput, read_lines
 
-__all__ = ["DivergedError", "Record"]
+__all__ = ["DivergedError", "Record", "check_files"]
 
 
 class DivergedError(RuntimeError):
     """The loss or its gradient was not finite for many steps in a row. Raised on all ranks alike."""
+
+
+def check_files(directory: Path) -> None:
+    """Makes sure that what an earlier start of a run has written can be gone on with, before anything is changed.
+
+    Raises:
+        ValueError, OSError: if it cannot; it says which file.
+    """
+    for name in (METRICS_FILE, BAD_SAMPLES_FILE):
+        if (directory / name).exists():
+            read_lines(directory / name)
+    tensorboard = directory / TENSORBOARD_DIRECTORY
+    if tensorboard.exists() and not tensorboard.is_dir():
+        raise NotADirectoryError(f"{tensorboard} must be a folder, but is a file; move it away")
 
 
 class Record:

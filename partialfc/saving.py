@@ -11,6 +11,7 @@ from typing import Any
 from partialfc.assembly import Progress, Run
 from partialfc.checkpoint import CheckpointError
 from partialfc.config import flat_settings
+from partialfc.telemetry import METRICS_FILE
 
 __all__ = ["SaveError", "Saver", "resume"]
 
@@ -71,6 +72,12 @@ def resume(run: Run) -> int | None:
     path = run.store.latest()
     if path is not None:
         _go_on_from(path, run)
+    elif run.is_first_rank and (run.directory / METRICS_FILE).exists():
+        logger.warning(
+            "%s has metrics, but %s no checkpoint: the run begins anew and writes over them",
+            run.directory,
+            run.store.directory,
+        )
     run.store.collect_garbage(run.step)
     return None if path is None else run.step
 

@@ -21,7 +21,7 @@ from partialfc.engine import StepOutcome
 from partialfc.evaluate import Verification, verify_backbone
 from partialfc.evaluation import plot_loss, plot_roc
 from partialfc.keyed import hash64
-from partialfc.recording import DivergedError, Record
+from partialfc.recording import DivergedError, Record, check_files
 from partialfc.saving import SaveError, Saver, resume
 from partialfc.supervision.signals import StopSignals
 from partialfc.supervision.supervisor import Supervisor
@@ -92,6 +92,7 @@ def _train(run: Run, supervisor: Supervisor) -> Trained:
         with supervisor.phase("evaluation"):
             verifications["pixels"] = _verify(run, nn.Flatten())
             verifications["untrained"] = _verify(run, run.engine.evaluation_backbone())
+    supervisor.together(lambda: check_files(run.directory) if run.is_first_rank else None)
     saved_step = resume(run)
     # Not before, so that a run which cannot begin or go on leaves everything as it was.
     write_config(run.config, first_rank=run.is_first_rank)

@@ -111,7 +111,7 @@ def train_step(
     outcome = engine.step(learning_rate=rate)
     if heads.defers_updates:
         heads.finish_update(outcome.updated)
-    return float(loss.detach()), *outcome
+    return float(loss.detach()), outcome.gradient_norm, outcome.updated
 
 
 def flattened(state: dict[str, Any], prefix: str = "") -> dict[str, Any]:

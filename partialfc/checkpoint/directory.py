@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 _COMMITTED_NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY_PREFIX = "tmp-"
 _REPLACED_PREFIX = "tmp-replaced-"
+_LEFTOVER_NAME = re.compile(r"tmp-(\d{8,}-[0-9a-f]{32}|removed-step-\d{8,}-[0-9a-f]{32}|replaced-step-\d{8,})")
 
 
 def step_of(path: Path) -> int | None:
@@ -112,6 +113,8 @@ class CheckpointDirectory:
         Later steps are there only if they were damaged or the run was set back. They neither count, which could remove
         the last good checkpoint, nor are they removed, since they may be someone's evidence.
         """
+        if not self.path.exists():
+            return
         try:
             steps = [number for number in self.steps() if number <= step]
             good = [number for number in steps if self.path_of(number).name not in self.damaged]
@@ -121,7 +124,7 @@ class CheckpointDirectory:
                 if kept and number < min(kept) and number != best:
                     path = self.path_of(number)
                     path.rename(self._trash_of(path))
-            for leftover in self.path.glob(f"{_TEMPORARY_PREFIX}*"):
+            for leftover in filter(_is_leftover, self.path.iterdir()):
                 remove(leftover)
         except OSError as error:
             # The new checkpoint is committed; old ones that stay cost only space, and are tried again at the next save.
@@ -147,6 +150,11 @@ class CheckpointDirectory:
     def _trash_of(self, path: Path) -> Path:
         """A name that is not a checkpoint's, so that a removal cut short leaves no half of one."""
         return self.path / f"{_TEMPORARY_PREFIX}removed-{path.name}-{uuid.uuid4().hex}"
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether this store has made it: others may keep something here too."""
+    return _LEFTOVER_NAME.fullmatch(path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
 def remove(directory: Path) -> None:

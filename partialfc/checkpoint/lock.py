@@ -104,7 +104,7 @@ class RunLock:
             key = (status.st_dev, status.st_ino)
             if key in _held_here:
                 raise RunLockedError(f"{self.path.parent} is in use by another run in this process")
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             self._wait_for(descriptor)
             _write_holder(descriptor)

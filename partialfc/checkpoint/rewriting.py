@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from partialfc.checkpoint.directory import CheckpointDirectory, remove, step_of
-from partialfc.checkpoint.manifest import Manifest, fsync_directory
+from partialfc.checkpoint.manifest import MANIFEST_NAME, Manifest, fsync_directory
 from partialfc.checkpoint.parts import PIECE_BYTES, FlatState, Part
 from partialfc.checkpoint.reading import StoredState
 from partialfc.checkpoint.storage import write_parts
@@ -22,6 +22,7 @@ from partialfc.checkpoint.storage import write_parts
 __all__ = ["export_rows", "reshard", "reshard_bytes"]
 
 _LEAST_SPLIT_BYTES = 2**20
+_MOST_RANKS = 2**16
 
 OnBytes = Callable[[int], None]
 
@@ -44,8 +45,8 @@ def reshard(path: Path, out: Path, *, num_ranks: int, on_bytes: OnBytes = lambda
         ValueError: if `num_ranks` is below 1, or `out` has a checkpoint of that step.
         OSError: if it cannot be written.
     """
-    if num_ranks < 1:
-        raise ValueError(f"--ranks is {num_ranks}, but must be at least 1")
+    if not 1 <= num_ranks <= _MOST_RANKS:
+        raise ValueError(f"--ranks is {num_ranks}, but must be from 1 to {_MOST_RANKS}")
     step, source = step_of(path), StoredState(path)
     assert step is not None, path
     directory = CheckpointDirectory(out, keep_last=1, keep_best=False)
@@ -142,6 +143,8 @@ def export_rows(
     beside = out.with_suffix(".json")
     if out.suffix != ".npy":
         raise ValueError(f"--out is {out}, but must end in .npy")
+    if (out.parent / MANIFEST_NAME).exists():
+        raise ValueError(f"--out is {out}, which is inside of a checkpoint; give another folder")
     for file in (out, beside):
         if file.exists():
             raise ValueError(f"{file} exists; give another --out")

@@ -99,16 +99,20 @@ class WholeBatchLoader:
         Raises:
             DataError: if a data shard cannot be used, or a worker process died or no longer answers.
         """
+        batch = None
         batches, workers = self._start()
-        for number in range(self._num_batches):
-            batch = self._next(batches, workers, number)
-            if isinstance(batch, BaseException):
-                try:
+        try:
+            for number in range(self._num_batches):
+                batch = self._next(batches, workers, number)
+                if isinstance(batch, BaseException):
                     raise batch
-                finally:
-                    # The error refers to this frame: with these names, to itself and to the processes of torch too.
-                    del batch, batches, workers
-            yield batch
+                yield batch
+        finally:
+            # They may leave a request to end to this process, which is about to wait for their end.
+            for worker in workers:
+                worker.kill()
+            # An error refers to this frame: with these names, to itself and to the processes of torch too.
+            del batch, batches, workers
 
     def _start(self) -> tuple[Iterator[Any], list[BaseProcess]]:
         """The iterator of torch, and its processes."""

@@ -37,6 +37,19 @@ _OWN = {
     "zero_optimization.compute_grad_norm": "this engine, which needs the norm",
 }
 
+# DeepSpeed takes much more, in part for what is not used here, and in part without a word for what it does not know.
+_ALLOWED = {
+    "comms_logger",
+    "communication_data_type",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "zero_optimization",
+}
+_NOT_SUPPORTED = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+
 
 def zero_config(settings: EngineSettings, *, num_parameters: int) -> dict[str, Any]:
     """What `deepspeed.initialize` is given.
@@ -71,7 +84,9 @@ def zero_config(settings: EngineSettings, *, num_parameters: int) -> dict[str, A
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_without_repetitions
+        )
     except OSError as error:
         raise ValueError(f"deepspeed_json {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -79,6 +94,18 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise ValueError(f"deepspeed_json {path} has a {type(given).__name__}, but must be an object, {{...}}")
     return given
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _without_repetitions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} comes twice")
+    return values
 
 
 def _check(given: dict[str, Any], own: dict[str, Any], path: Path, prefix: str = "") -> None:
@@ -89,6 +116,12 @@ def _check(given: dict[str, Any], own: dict[str, Any], path: Path, prefix: str =
                 f"deepspeed_json {path} sets {name} to {json.dumps(value)}, but that is for {_OWN[name]} to say; take "
                 "it out of the file"
             )
+        if name in _NOT_SUPPORTED:
+            raise ValueError(
+                f"deepspeed_json {path} sets {name}, which needs DeepSpeed's own optimizers; take it out of the file"
+            )
+        if not prefix and key not in _ALLOWED and key not in _OWN:
+            raise ValueError(f"deepspeed_json {path} sets {key}, but allowed are {', '.join(sorted(_ALLOWED))}")
         if isinstance(own.get(key), dict):
             if not isinstance(value, dict):
                 raise ValueError(f"deepspeed_json {path} sets {name} to {json.dumps(value)}, but must be an object")

@@ -80,6 +80,8 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal.set_wakeup_fd(self._previous_pipe)
+        # A forked data worker may hold the pipe open: closing it here would not end what listens.
+        self._writer.shutdown(socket.SHUT_RDWR)
         self._writer.close()
         self._thread.join()
         self._reader.close()
@@ -146,6 +148,7 @@ def _has_launcher() -> bool:
     return False
 
 
+_LEFT_TO_PARENT_SECONDS = 60
 _heard_here = 0  # The process in which signals go to a thread; in others, forked from it, there is none.
 
 
@@ -153,6 +156,7 @@ def _heard(number: int, frame: FrameType | None) -> None:
     """The pipe has it already. A data worker that is being forked leaves the first to its parent, which decides."""
     if os.getpid() != _heard_here and number == signal.SIGTERM:
         signal.signal(number, signal.SIG_DFL)
+        signal.alarm(_LEFT_TO_PARENT_SECONDS)  # the parent may be waiting for the end of this process
 
 
 def _forget_pipe() -> None:

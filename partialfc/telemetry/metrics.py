@@ -18,9 +18,10 @@ from partialfc.telemetry.lines import drop_from_step, read_lines
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-__all__ = ["METRICS_FILE", "MetricsLog", "read_metrics"]
+__all__ = ["METRICS_FILE", "TENSORBOARD_DIRECTORY", "MetricsLog", "read_metrics"]
 
 METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIRECTORY = "tensorboard"
 
 
 class MetricsLog:
@@ -64,7 +65,7 @@ class MetricsLog:
             # Imported here because it takes a second that most processes can save.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(directory / "tensorboard", purge_step=resume_step)
+            self._tensorboard = SummaryWriter(directory / TENSORBOARD_DIRECTORY, purge_step=resume_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line and flushes it, so that a killed run leaves it behind.

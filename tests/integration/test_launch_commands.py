@@ -130,7 +130,7 @@ def test_a_mistake_of_the_user_is_not_tried_again(runner: Runner) -> None:
     assert (
         runner.run("launch/torchrun.sh configs/quickstart.yaml\n", code=2, NNODES="two").count("NNODES is 'two'") == 1
     )
-    output = runner.run("launch/torchrun.sh configs/quickstart.yaml\n", code=1, NNODES="2")
+    output = runner.run("launch/torchrun.sh configs/quickstart.yaml\n", code=2, NNODES="2")
     assert "set MASTER_ADDR" in output
 
 

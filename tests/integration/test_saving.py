@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,6 +88,50 @@ def test_a_second_job_on_a_run_is_refused_and_changes_nothing(
             holder.kill()
     # The lock goes with the one that had it.
     assert main(["train", config]) == 0
+
+
+def test_a_killed_data_worker_ends_the_run_so_that_it_starts_again(
+    tmp_path: Path, faces: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_file(tmp_path, faces, data={"num_workers": 2}, training={"epochs": 1e5})
+    command = [sys.executable, "-m", "partialfc.cli", "train", config]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as training:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and len(read_metrics(metrics)) > 2, training)
+        workers = subprocess.run(["pgrep", "-P", str(training.pid)], capture_output=True, text=True, check=True)
+        os.kill(int(workers.stdout.split()[0]), signal.SIGKILL)
+        _, errors = training.communicate(timeout=120)
+    assert training.returncode == EXIT_RETRY
+    assert "killed by SIGKILL" in errors
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_refused_resume_leaves_everything(tmp_path: Path, faces: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, run = config_file(tmp_path, faces), tmp_path / "run"
+    assert main(["train", config]) == 0
+    set_back(run, 3)
+    (run / "bad_samples.jsonl").write_text("no line of a run\n{}\n")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert main(["train", config, "head.margin.scale=8.0"]) == 2
+    assert "bad_samples.jsonl, line 1: not a line of a run" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_a_run_whose_checkpoints_are_gone_says_so(
+    tmp_path: Path, faces: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, run = config_file(tmp_path, faces), tmp_path / "run"
+    assert main(["train", config]) == 0
+    shutil.rmtree(run / "checkpoints")
+    assert main(["train", config]) == 0
+    assert any("has metrics, but" in record.getMessage() for record in caplog.records)
 
 
 def test_the_best_is_kept_besides_the_last(tmp_path: Path, faces: Path) -> None:

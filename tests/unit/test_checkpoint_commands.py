@@ -232,7 +232,7 @@ def test_reshard_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert main(["checkpoint", "reshard", str(run), "--ranks", "2", "--out", str(own)]) == 2
     assert f"{own / 'step-00000007'} exists; give another --out" in capsys.readouterr().err
     assert main(["checkpoint", "reshard", str(run), "--ranks", "0", "--out", str(out)]) == 2
-    assert "--ranks is 0, but must be at least 1" in capsys.readouterr().err
+    assert "--ranks is 0, but must be from 1 to 65536" in capsys.readouterr().err
     # What is read back is another number: nothing is committed.
     rows_of = StoredState.read_rows
 

@@ -337,6 +337,13 @@ def test_deepspeed_is_told_to_clip_as_the_run_does(tmp_path: Path) -> None:
         ('{"zero_optimization": 2}', "sets zero_optimization to 2, but must be an object"),
         ("[1]", "has a list, but must be an object"),
         ("{", "is not JSON"),
+        ('{"wall_clock_breakdown": NaN}', "NaN is no number of JSON"),
+        ('{"dump_state": true, "dump_state": false}', "the key 'dump_state' comes twice"),
+        ('{"curriculum_learning": {}}', "sets curriculum_learning, but allowed are comms_logger"),
+        (
+            '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}',
+            "sets zero_optimization.offload_optimizer, which needs DeepSpeed's own optimizers",
+        ),
         (None, "cannot be read: No such file"),
     ],
 )

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from partialfc.distributed.mesh import ShardMesh, node_groups
-from partialfc.distributed.ranks import Launched, launched, rank_from_environment, reachable
+from partialfc.distributed.ranks import Launched, launched, reachable
 from partialfc.distributed.trail import TRAIL
 
-__all__ = ["RendezvousError", "node_mesh", "process_group", "rank_from_environment"]
+__all__ = ["RendezvousError", "node_mesh", "process_group"]
 
 logger = logging.getLogger(__name__)
 

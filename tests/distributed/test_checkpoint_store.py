@@ -177,7 +177,7 @@ def test_no_good_checkpoint_is_an_error_not_a_fresh_start(tmp_path: Path) -> Non
 
 def test_what_is_not_committed_is_ignored_and_swept(tmp_path: Path) -> None:
     checkpoints = single_store(tmp_path, 1)
-    shutil.copytree(tmp_path / "step-00000001", tmp_path / "tmp-00000009-dead")
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / f"tmp-00000009-{'d' * 32}")
     (tmp_path / "step-00000010.partial").mkdir()
     assert checkpoints.latest() == tmp_path / "step-00000001"
     single_store(tmp_path, 2)
@@ -186,12 +186,12 @@ def test_what_is_not_committed_is_ignored_and_swept(tmp_path: Path) -> None:
 
 def test_a_restart_sweeps_what_a_killed_save_has_left(tmp_path: Path) -> None:
     single_store(tmp_path, 1, 2, 3, 9, keep_last=4)
-    (tmp_path / "step-00000009").rename(tmp_path / "tmp-00000009-dead")
+    (tmp_path / "step-00000009").rename(tmp_path / f"tmp-00000009-{'d' * 32}")
     checkpoints = single_store(tmp_path, keep_last=2)
     checkpoints.collect_garbage(3)
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
     # Before there is any.
-    (tmp_path / "empty" / "tmp-00000001-dead").mkdir(parents=True)
+    (tmp_path / "empty" / f"tmp-00000001-{'d' * 32}").mkdir(parents=True)
     CheckpointStore(tmp_path / "empty", mesh=checkpoints.mesh).collect_garbage(0)
     assert names(tmp_path / "empty") == []
     CheckpointStore(tmp_path / "missing", mesh=checkpoints.mesh).collect_garbage(0)

@@ -21,10 +21,13 @@ import torch
 from small_run import make_faces, write_config
 from support import checkpoint_tensors
 
+from partialfc.assembly import assemble, open_tasks
 from partialfc.checkpoint import CheckpointStore
 from partialfc.cli import main
+from partialfc.config import load_config
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.evaluate import load_backbone
+from partialfc.saving import Saver
 from partialfc.supervision.exit_codes import EXIT_RETRY
 from partialfc.telemetry import read_metrics
 
@@ -132,6 +135,40 @@ def test_a_run_whose_checkpoints_are_gone_says_so(
     shutil.rmtree(run / "checkpoints")
     assert main(["train", config]) == 0
     assert any("has metrics, but" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_stop_at_a_step_that_is_saved_leaves_its_score(tmp_path: Path, faces: Path, asynchronous: bool) -> None:
+    settings = {"keep_best": True, "asynchronous": asynchronous}
+    path = config_file(tmp_path, faces, checkpoint=settings, evaluation={"enabled": True, "every_steps": 3})
+    config = load_config(path)
+    run = assemble(config, open_tasks(config), ShardMesh.single(), torch.device("cpu"))
+    run.progress.step = 3
+    saver = Saver(run, saved_step=None)
+    saver.save(score=0.9)
+    saver.save_last()
+    manifest = tmp_path / "run" / "checkpoints" / "step-00000003" / "MANIFEST.json"
+    written = manifest.read_bytes()
+    assert run.store.metadata(manifest.parent)["score"] == 0.9
+    # Nor does one that has gone on from it write it again, but it does save what comes after.
+    resumed = Saver(run, saved_step=3)
+    resumed.save_last()
+    assert manifest.read_bytes() == written
+    run.progress.step = 4
+    resumed.save_last()
+    assert steps_of(tmp_path / "run") == [3, 4]
+
+
+def test_an_overflow_at_the_end_of_fp16_is_no_divergence(tmp_path: Path, faces: Path) -> None:
+    config, run = config_file(tmp_path, faces), tmp_path / "run"
+    assert main(["train", config]) == 0
+    set_back(run, 3)
+    # The scale of a network that has just begun with fp16 is still too large in all of the last steps.
+    fp16 = ["train", config, "training.precision=fp16", "head.loss_weight=100"]
+    assert main(fp16) == 0
+    scales = [line["loss_scale"] for line in read_metrics(run / "metrics.jsonl") if "loss_scale" in line]
+    assert scales == [65536.0, 32768.0, 16384.0]
+    assert main(fp16) == 0
 
 
 def test_the_best_is_kept_besides_the_last(tmp_path: Path, faces: Path) -> None:

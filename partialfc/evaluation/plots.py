@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["plot_loss", "plot_roc"]
 
@@ -72,7 +72,7 @@ def plot_loss(steps: Sequence[int], losses: Sequence[float], path: str | Path) -
         _legend(axes)
     else:
         axes.plot(x, y, linewidth=1.6, marker=".", color="C0")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.margins(x=0.01)
@@ -80,6 +80,10 @@ def plot_loss(steps: Sequence[int], losses: Sequence[float], path: str | Path) -
 
 
 def _figure() -> tuple[Figure, Any]:
+    # Imported here, since it takes a second at each start of each rank, and one of them draws at the end.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6.4, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

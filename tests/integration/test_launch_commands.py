@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from clusters_doc import PAGE, ROOT, documented
@@ -49,8 +50,9 @@ class Runner:
 
     def start(self, command: str, *overrides: str, **variables: str) -> subprocess.Popen[str]:
         recipe = re.search(r"configs/\w+\.yaml", command)
-        assert recipe
-        command = command.replace(recipe[0], " ".join([str(self.config), *overrides]))
+        if recipe is not None:
+            command = command.replace(recipe[0], " ".join([str(self.config), *overrides]))
+        assert recipe is not None or not overrides
         command = command.replace("launch/", f"{ROOT}/launch/")
         tools = Path(sys.executable).parent
         environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
@@ -112,6 +114,10 @@ def test_one_machine_stopped_and_started_again(runner: Runner) -> None:
     assert f"step {step} of {int(step) + 6}" in output
     assert runner.world_sizes(output) == [2]
     assert len(runner.losses("runs/ms1mv3")) == int(step) + 6
+    output = runner.run(documented("checkpoints", {}))
+    assert "good" in output
+    assert np.load(runner.directory / "centers.npy").shape == (24, 16)
+    assert list((runner.directory / "resharded").glob("step-*/__7_0.distcp"))
 
 
 def test_two_machines(runner: Runner) -> None:

@@ -100,7 +100,8 @@ def _go_on_from(path: Path, run: Run) -> None:
     run.heads.load_state_dict(state["head"])
     run.progress = progress
     if run.is_first_rank:
-        logger.info("going on from %s, step %d of %d", path, run.step, run.total_steps)
+        finished = ": the run is finished" if run.step == run.total_steps else ""
+        logger.info("going on from %s, step %d of %d%s", path, run.step, run.total_steps, finished)
         for name, (old, new) in _changed_settings(run, metadata).items():
             logger.warning("%s was %s when the run was saved, and is %s from here on", name, old, new)
 
@@ -117,6 +118,7 @@ def _check_facts(run: Run, path: Path, metadata: dict[str, Any]) -> None:
 def _changed_settings(run: Run, metadata: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """By dotted path, (when saved, now): a run may go on with other settings, but not without a word."""
     old, new = metadata["settings"], json.loads(json.dumps(flat_settings(run.config)))
+    old["run.directory"] = new["run.directory"]  # a run may be moved
     return {
         name: (old.get(name, "not set"), new.get(name, "not set"))
         for name in [*old, *(name for name in new if name not in old)]

@@ -48,7 +48,7 @@ STEPS = """
             supervisor.together(lambda: load(rank, step))
             if supervisor.stopping:
                 say(f"saved {step}")
-                raise supervisor.stopped(step)
+                raise supervisor.stopped(step, saved=True)
             if step == 3:
                 say("ready")
             compute(rank, step)

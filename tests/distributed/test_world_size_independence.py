@@ -80,7 +80,7 @@ def train(name: str, mesh: ShardMesh) -> dict[str, Tensor]:
         engine.backward(loss)
         if step == 0:
             first_gradients = torch.cat([parameter.grad.flatten() for parameter in backbone.parameters()])
-        norm, updated = engine.step(learning_rate=0.01)
+        norm, updated, _ = engine.step(learning_rate=0.01)
         assert updated
         losses.append(loss.detach())
         norms.append(torch.tensor(norm))

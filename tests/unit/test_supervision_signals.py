@@ -192,8 +192,10 @@ with StopSignals() as signals:
     time.sleep(60)
 """
     with _running(body) as process:
+        assert process.stdout is not None
+        output = process.stdout.readline()
         process.send_signal(signal.SIGTERM)
-        code, output, _ = _ended(process)
+        code, _, _ = _ended(process)
     assert code == EXIT_STOPPED
     deadline = time.monotonic() + 5
     while _runs(int(output)):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from partialfc.data import synthesize
+from partialfc.telemetry import read_metrics
 
-__all__ = ["GLOBAL_BATCH", "IDENTITIES", "IMAGES", "make_faces", "write_config"]
+__all__ = ["GLOBAL_BATCH", "IDENTITIES", "IMAGES", "losses_of", "make_faces", "set_back", "steps_of", "write_config"]
 
 IDENTITIES = 24
 IMAGES = IDENTITIES * 4
@@ -40,3 +42,20 @@ def write_config(directory: Path, faces: Path, *, steps: int, **sections: dict[s
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def losses_of(run: Path) -> list[float]:
+    """Those that were written, in order."""
+    return [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+
+
+def steps_of(run: Path) -> list[int]:
+    """Of the checkpoints that are committed, ascending."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+def set_back(run: Path, step: int) -> None:
+    """As if the run had been killed after this checkpoint; its metrics are ahead of it."""
+    for other in steps_of(run):
+        if other > step:
+            shutil.rmtree(run / "checkpoints" / f"step-{other:08d}")

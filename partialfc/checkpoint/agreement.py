@@ -8,9 +8,10 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
+from partialfc.distributed.errors import describe
 from partialfc.distributed.mesh import ShardMesh
 
-__all__ = ["CheckpointError", "agree", "describe"]
+__all__ = ["CheckpointError", "agree"]
 
 Result = TypeVar("Result")
 
@@ -53,8 +54,3 @@ def agree(what: str, stage: Callable[[], Result], mesh: ShardMesh) -> list[Resul
     if reports:
         raise CheckpointError(f"{what}: {'; '.join(reports)}") from cause
     return cast(list[Result], [result for result, _ in outcomes])
-
-
-def describe(error: BaseException) -> str:
-    """The text of an error; of those that were not written for users, their kind too."""
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

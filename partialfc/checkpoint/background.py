@@ -7,8 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch.distributed as dist
 
-from partialfc.checkpoint.agreement import CheckpointError, describe
+from partialfc.checkpoint.agreement import CheckpointError
 from partialfc.distributed.collectives import max_over_ranks
+from partialfc.distributed.errors import describe
 from partialfc.distributed.mesh import ShardMesh
 
 __all__ = ["BackgroundSave"]

@@ -132,7 +132,7 @@ class CheckpointDirectory:
 
     def put_back(self) -> None:
         """Gives a checkpoint its name again that was to be replaced by a process that was killed just then."""
-        for replaced in self.path.glob(f"{_REPLACED_PREFIX}*"):
+        for replaced in filter(_is_leftover, self.path.glob(f"{_REPLACED_PREFIX}*")):
             path = self.path / replaced.name.removeprefix(_REPLACED_PREFIX)
             if not path.exists():
                 replaced.rename(path)

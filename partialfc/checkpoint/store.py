@@ -189,9 +189,12 @@ class CheckpointStore:
         return manifest.metadata
 
     def put_back(self) -> None:
-        """Restores what a save was replacing when it was killed. To be called by the run that may write here."""
-        if self.mesh.rank == 0:
-            self._directory.put_back()
+        """Restores what a save was replacing when it was killed. To be called by the run that may write here.
+
+        Raises:
+            CheckpointError: if it cannot be renamed.
+        """
+        self._agree(f"restoring {self.directory}", lambda: self._directory.put_back() if self.mesh.rank == 0 else None)
 
     def collect_garbage(self, step: int) -> None:
         """Removes what a restart from `step` does not need: what a save does at its end, if it gets that far.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from multiprocessing import active_children
+from multiprocessing import active_children, parent_process
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, Protocol
@@ -314,6 +315,9 @@ def _start_worker_bound(worker: int) -> None:
     _start_worker(worker)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        parent = parent_process()
+        if parent is not None and os.getppid() != parent.pid:  # it was killed before the system had been asked
+            os._exit(1)
 
 
 def _spare_once(number: int, frame: FrameType | None) -> None:

@@ -10,10 +10,11 @@ from signal import Signals
 
 from partialfc.data.errors import DataError
 from partialfc.distributed.collectives import gather_objects, max_over_ranks
+from partialfc.distributed.errors import describe
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.supervision.exit_codes import EXIT_OK, EXIT_RETRY, EXIT_STOPPED, EXIT_USER_ERROR
 
-__all__ = ["RankError", "StoppedError", "SupervisionError", "Verdict", "agree"]
+__all__ = ["RankError", "StoppedError", "SupervisionError", "Verdict", "agree", "exit_code_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +128,3 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, DataError) or (isinstance(error, OSError) and error.errno in _PASSING):
         return EXIT_RETRY
     return EXIT_USER_ERROR if isinstance(error, ValueError | OSError | ImportError) else _EXIT_BUG
-
-
-def describe(error: BaseException) -> str:
-    """The text of an error; of those that were not written for users, their kind too."""
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from partialfc.distributed.collectives import max_over_ranks
+from partialfc.distributed.errors import describe
 from partialfc.distributed.mesh import ShardMesh
-from partialfc.supervision.agreement import StoppedError, SupervisionError, agree, describe
+from partialfc.supervision.agreement import StoppedError, SupervisionError, agree
 from partialfc.supervision.preflight import preflight
 from partialfc.supervision.signals import StopSignals
 from partialfc.supervision.watchdog import Watchdog

@@ -197,6 +197,19 @@ def test_a_restart_sweeps_what_a_killed_save_has_left(tmp_path: Path) -> None:
     CheckpointStore(tmp_path / "missing", mesh=checkpoints.mesh).collect_garbage(0)
 
 
+def test_a_checkpoint_that_a_killed_save_was_replacing_is_put_back(tmp_path: Path) -> None:
+    checkpoints = single_store(tmp_path, 1, 2, keep_last=4)
+    (tmp_path / "step-00000002").rename(tmp_path / "tmp-replaced-step-00000002")
+    (tmp_path / "tmp-replaced-notes").mkdir()  # somebody else's
+    checkpoints.put_back()
+    assert names(tmp_path) == ["step-00000001", "step-00000002", "tmp-replaced-notes"]
+    assert checkpoints.latest() == tmp_path / "step-00000002"
+    # The one that replaced it has its name already.
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "tmp-replaced-step-00000001")
+    checkpoints.put_back()
+    assert "tmp-replaced-step-00000001" in names(tmp_path)
+
+
 def test_only_the_last_are_kept(tmp_path: Path) -> None:
     single_store(tmp_path, 1, 2, 30, 100, keep_last=2)
     assert names(tmp_path) == ["step-00000030", "step-00000100"]

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from small_run import losses_of, set_back
 from support import checkpoint_tensors, run_distributed
 
 from partialfc.backbones import BACKBONES, VisionTransformer
 from partialfc.cli import main
 from partialfc.data import synthesize
-from partialfc.telemetry import read_metrics
 
 IDENTITIES = 70
 IMAGES = IDENTITIES * 4
@@ -63,17 +63,6 @@ def config_file(tmp_path: Path, faces: Path, name: str, **sections: dict[str, An
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-def set_back(run: Path, step: int) -> None:
-    """As if the run had been killed after this checkpoint; its metrics are ahead of it."""
-    for path in (run / "checkpoints").glob("step-*"):
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-
-
-def losses_of(run: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
 
 
 def _train_all(rank: int, world_size: int, configs: list[str]) -> None:

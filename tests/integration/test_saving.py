@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import make_faces, write_config
+from small_run import make_faces, set_back, steps_of, write_config
 from support import checkpoint_tensors
 
 from partialfc.assembly import assemble, open_tasks
@@ -43,16 +43,6 @@ def config_file(tmp_path: Path, faces: Path, **sections: dict[str, Any]) -> str:
     evaluation = {"enabled": False, **sections.pop("evaluation", {})}
     checkpoint = {"every_steps": 3, **sections.pop("checkpoint", {})}
     return str(write_config(tmp_path, faces, steps=STEPS, evaluation=evaluation, checkpoint=checkpoint, **sections))
-
-
-def steps_of(run: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
-
-
-def set_back(run: Path, step: int) -> None:
-    for other in steps_of(run):
-        if other > step:
-            shutil.rmtree(run / "checkpoints" / f"step-{other:08d}")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import IDENTITIES, make_faces, write_config
+from small_run import IDENTITIES, losses_of, make_faces, write_config
 from support import checkpoint_tensors
 
 from partialfc.cli import main
@@ -49,10 +49,6 @@ def _assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
         assert same, f"{name} differs"
 
 
-def _losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
-
-
 def test_a_run_leaves_everything_and_resumes_bit_for_bit(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -69,21 +65,21 @@ def test_a_run_leaves_everything_and_resumes_bit_for_bit(
     for name in ("config.yaml", "loss.png", "roc.png"):
         assert (run / name).stat().st_size > 0
     assert list((run / "tensorboard").glob("events.*"))
-    assert len(_losses(run)) == STEPS
-    straight, losses = checkpoint_tensors(run, "step-00000006"), _losses(run)
+    assert len(losses_of(run)) == STEPS
+    straight, losses = checkpoint_tensors(run, "step-00000006"), losses_of(run)
 
     # As if killed after step 4: the checkpoint of step 3 is the last, metrics are ahead of it.
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     (run / "summary.json").unlink()
     assert main(["train", str(config)]) == 0
-    assert _losses(run) == losses
+    assert losses_of(run) == losses
     _assert_same(checkpoint_tensors(run, "step-00000006"), straight)
 
     # A finished run started again does nothing but say so again.
     before = json.loads((run / "summary.json").read_text())
     assert main(["train", str(config)]) == 0
     assert json.loads((run / "summary.json").read_text()) == before
-    assert _losses(run) == losses
+    assert losses_of(run) == losses
 
     backbone, _ = load_backbone(run)
     assert backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
@@ -121,13 +117,13 @@ def test_two_ranks_train_and_resume_bit_for_bit(tmp_path: Path, data: Path) -> N
     assert first.returncode == 0, first.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert summary["world_size"] == 2
-    straight, losses = checkpoint_tensors(run, "step-00000006"), _losses(run)
+    straight, losses = checkpoint_tensors(run, "step-00000006"), losses_of(run)
     assert all(torch.tensor(losses).isfinite())
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     second = _torchrun(2, "train", str(config))
     assert second.returncode == 0, second.stderr
     assert "going on from" in second.stderr
-    assert _losses(run) == losses
+    assert losses_of(run) == losses
     _assert_same(checkpoint_tensors(run, "step-00000006"), straight)
 
 
@@ -168,7 +164,7 @@ def test_the_state_of_a_loss_survives_a_resume(tmp_path: Path, data: Path, ranks
             assert finished.returncode == 0, finished.stderr
 
     train()
-    straight, losses = checkpoint_tensors(run, "step-00000006"), _losses(run)
+    straight, losses = checkpoint_tensors(run, "step-00000006"), losses_of(run)
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
     assert [line["main/iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert lines[-1]["third/norm_mean"] != 20.0
@@ -183,7 +179,7 @@ def test_the_state_of_a_loss_survives_a_resume(tmp_path: Path, data: Path, ranks
     assert bool(straight["/head/head_third.auxiliaries.0.centers.weight"].any())
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     train()
-    assert _losses(run) == losses
+    assert losses_of(run) == losses
     _assert_same(checkpoint_tensors(run, "step-00000006"), straight)
 
 
@@ -307,8 +303,8 @@ def test_a_resumed_run_has_its_own_optimizer_settings(tmp_path: Path, data: Path
     longer = ["train", str(config), "training.epochs=2"]
     assert main(longer) == 0
     assert main([*longer, f"run.directory={other}", "optimizer.weight_decay=0", "optimizer.momentum=0.5"]) == 0
-    assert _losses(run)[:STEPS] == _losses(other)[:STEPS]
-    assert _losses(run)[-1] != _losses(other)[-1]
+    assert losses_of(run)[:STEPS] == losses_of(other)[:STEPS]
+    assert losses_of(run)[-1] != losses_of(other)[-1]
 
 
 def test_a_run_that_ends_without_a_number_fails(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

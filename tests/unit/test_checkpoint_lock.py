@@ -151,3 +151,22 @@ def test_a_file_system_without_locks(
         f"{tmp_path / 'run' / 'lock'} cannot be locked (No locks available): see to it that no two jobs write to "
         f"{tmp_path / 'run'}"
     ]
+
+
+@pytest.mark.parametrize("own", ["run 7", "run 8"])
+def test_an_earlier_start_of_the_same_job_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str
+) -> None:
+    """On a machine that is gone, its lock stays for a while: then another start may help."""
+    monkeypatch.setattr("partialfc.checkpoint.lock._PREDECESSOR_SECONDS", 0.5)
+    holder = Holder(tmp_path, TORCHELASTIC_RUN_ID="run 7")
+    try:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", own)
+        began = time.monotonic()
+        with pytest.raises(RunLockedError) as refused:
+            lock(tmp_path).acquire()
+        assert refused.value.by_same_job == (own == "run 7")
+        assert (time.monotonic() - began >= 0.5) == (own == "run 7")
+    finally:
+        holder.kill()
+        holder.end()

@@ -207,7 +207,7 @@ def test_data_workers_end_with_a_rank_that_is_killed():
     finally:
         parent.kill()
         parent.wait()
-    deadline = time.monotonic() + 4  # torch's own look at the parent takes up to 5
+    deadline = time.monotonic() + 2  # torch's own look at the parent takes up to 5
     while any(worker.state() != "Z" for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -69,7 +69,8 @@ def _run(options: argparse.Namespace, signals: StopSignals | None) -> int:
 def _say(error: Exception) -> None:
     rank = rank_from_environment()
     place = f" (rank {rank})" if rank else ""
-    print(f"partialfc: error{place}: {error}", file=sys.stderr)
+    # In one piece, also where output is unbuffered: ranks share the stream, and `print` writes its line end apart.
+    sys.stderr.write(f"partialfc: error{place}: {error}\n")
 
 
 def _train(options: argparse.Namespace, signals: StopSignals) -> None:

@@ -37,7 +37,7 @@ try:
         with Supervisor(mesh, directory=directory, hang_timeout_seconds=limit, signals=signals) as supervisor:
             run(mesh, device, supervisor)
 except SupervisionError as error:
-    print(error, file=sys.stderr)
+    sys.stderr.write(f"{error}\\n")
     sys.exit(error.exit_code)
 """
 

@@ -180,9 +180,9 @@ MEETING = """
     from partialfc.distributed.launch import RendezvousError, process_group
     try:
         with process_group("cpu", timeout_seconds=float(sys.argv[1])) as (mesh, _):
-            print("met", mesh.rank, mesh.size)
+            sys.stdout.write(f"met {mesh.rank} {mesh.size}\\n")
     except (RendezvousError, ValueError) as error:
-        print(error)
+        sys.stdout.write(f"{error}\\n")
 """
 
 
@@ -234,10 +234,9 @@ def test_processes_of_one_launch_meet() -> None:
 def test_ranks_meet_again_after_a_restart_of_plain_torchrun(tmp_path: Path) -> None:
     """Its agent keeps one store for all restarts, with the addresses of the dead in it."""
     script = tmp_path / "dies_once.py"
-    script.write_text(
-        textwrap.dedent(MEETING).replace("        print", "        if start == '0': os._exit(1)\n        print")
-    )
-    script.write_text("import os\nstart = os.environ['TORCHELASTIC_RESTART_COUNT']\n" + script.read_text())
+    dies_once = "        if start == '0': os._exit(1)\n        sys.stdout"
+    meeting = textwrap.dedent(MEETING).replace("        sys.stdout", dies_once)
+    script.write_text(f"import os\nstart = os.environ['TORCHELASTIC_RESTART_COUNT']\n{meeting}")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)

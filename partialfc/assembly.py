@@ -28,12 +28,15 @@ from partialfc.keyed import hash64
 from partialfc.optim import build_optimizer, learning_rate_at
 
 __all__ = [
+    "Inputs",
     "Progress",
     "Run",
     "Task",
     "assemble",
     "build_backbone_optimizer",
     "build_head",
+    "open_inputs",
+    "open_tasks",
     "task_loader",
 ]
 
@@ -76,6 +79,19 @@ class Task:
     def index(self) -> ShardIndex | JoinedIndex:
         """Of its training split, or of several as one."""
         return self.data.index
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+        tasks: by name, "main" first, in the order of the heads.
+        verification_index: of its verification split; None if it is not to be evaluated.
+    """
+
+    tasks: dict[str, Task]
+    verification_index: ShardIndex | None
 
 
 @dataclass
@@ -146,15 +162,13 @@ class Run:
         )
 
 
-def assemble(config: Config, tasks: dict[str, Task], mesh: ShardMesh, device: torch.device) -> Run:
+def assemble(config: Config, inputs: Inputs, mesh: ShardMesh, device: torch.device) -> Run:
     """Builds backbone, heads and the rest; nothing is written. Collective.
 
     Raises:
-        ValueError, OSError: if the configuration or the verification data cannot be used.
+        ValueError: if the configuration cannot be used.
     """
-    check_stages(config.data)
-    verification_index = open_verification(config) if config.evaluation.enabled else None
-    _check_portions(config, mesh)
+    tasks = inputs.tasks
     torch.manual_seed(config.run.seed)
     backbone = build_backbone(
         config.backbone.name,
@@ -179,21 +193,33 @@ def assemble(config: Config, tasks: dict[str, Task], mesh: ShardMesh, device: to
     )
     engine = _build_engine(config, backbone, mesh)
     heads.defers_updates = config.training.precision == "fp16"
-    return Run(config, mesh, device, tasks, verification_index, engine, heads, store, total_steps)
+    return Run(config, mesh, device, tasks, inputs.verification_index, engine, heads, store, total_steps)
 
 
-def _check_portions(config: Config, mesh: ShardMesh) -> None:
+def open_inputs(config: Config, *, num_ranks: int) -> Inputs:
+    """Opens what a run reads, and checks that so many ranks can. No rank waits for another in here.
+
+    Raises:
+        ValueError, OSError, ImportError: if the configuration or the data cannot be used.
+    """
+    tasks = open_tasks(config)
+    check_stages(config.data)
+    _check_portions(config, num_ranks)
+    return Inputs(tasks, open_verification(config) if config.evaluation.enabled else None)
+
+
+def _check_portions(config: Config, num_ranks: int) -> None:
     batch, portions = config.training.global_batch_size, config.training.accumulation_steps
-    if batch < 2 * mesh.size * portions:
+    if batch < 2 * num_ranks * portions:
         each = f" and training.accumulation_steps={portions} portions" if portions > 1 else ""
         raise ValueError(
-            f"training.global_batch_size is {batch}, but must be at least 2 for each of the {mesh.size} ranks{each}: "
+            f"training.global_batch_size is {batch}, but must be at least 2 for each of the {num_ranks} ranks{each}: "
             "batch norm needs two images"
         )
 
 
 def open_tasks(config: Config) -> dict[str, Task]:
-    """The data of a run, "main" first. No rank waits for another in here.
+    """The training data of a run, "main" first.
 
     Raises:
         ValueError, OSError: if the configuration or the data cannot be used.

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, signals: StopSignals | None) -> int:
     # Imported late: the message of a mistyped command need not wait for torch.
     from partialfc.checkpoint import CheckpointError, RunLockedError
-    from partialfc.distributed.launch import RendezvousError
+    from partialfc.distributed.meeting import RendezvousError
     from partialfc.saving import SaveError
     from partialfc.supervision.agreement import SupervisionError, exit_code_of
     from partialfc.train import DivergedError
@@ -45,10 +45,12 @@ def _run(options: argparse.Namespace, signals: StopSignals | None) -> int:
             return EXIT_OK
         code: int | None = options.command(options)
     except SupervisionError as error:
-        if not error.agreed or rank_from_environment() == 0:
-            _say(error)
+        _say(error)
         return error.exit_code
-    except (RendezvousError, SaveError) as error:
+    except RendezvousError as error:
+        _say(error)
+        return EXIT_USER_ERROR if error.lasting else EXIT_RETRY
+    except SaveError as error:
         _say(error)
         return EXIT_RETRY
     except (CheckpointError, DivergedError) as error:
@@ -68,6 +70,8 @@ def _run(options: argparse.Namespace, signals: StopSignals | None) -> int:
 
 def _say(error: Exception) -> None:
     rank = rank_from_environment()
+    if rank and getattr(error, "agreed", False):  # rank 0 says it
+        return
     place = f" (rank {rank})" if rank else ""
     # In one piece, also where output is unbuffered: ranks share the stream, and `print` writes its line end apart.
     sys.stderr.write(f"partialfc: error{place}: {error}\n")
@@ -75,10 +79,13 @@ def _say(error: Exception) -> None:
 
 def _train(options: argparse.Namespace, signals: StopSignals) -> None:
     from partialfc.config import load_config
+    from partialfc.distributed.meeting import getting_ready
     from partialfc.evaluate import result_table
     from partialfc.train import train
 
-    trained = train(load_config(options.config, options.overrides), signals=signals)
+    with getting_ready():
+        config = load_config(options.config, options.overrides)
+    trained = train(config, signals=signals)
     if rank_from_environment() == 0 and trained.verifications:
         print(result_table(trained.verifications))
 
@@ -86,9 +93,9 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from partialfc.evaluate import evaluate_run, result_table
 
-    verification = evaluate_run(options.run)
+    step, verification = evaluate_run(options.run, options.overrides)
     if rank_from_environment() == 0:
-        print(result_table({"trained": verification}))
+        print(result_table({f"step {step}": verification}))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -130,6 +137,9 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="verify the newest checkpoint of a run; also under torchrun")
     evaluate.add_argument("run", type=Path, help="the run.directory of a training")
+    evaluate.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="override one value of the run's config.yaml"
+    )
     evaluate.set_defaults(command=_evaluate)
 
     _add_plan_command(commands.add_parser("plan", help="what a configuration needs: memory, time, communication"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from partialfc.backbones import build_backbone
 from partialfc.checkpoint import CheckpointStore
-from partialfc.config import Config, load_config
+from partialfc.checkpoint.directory import step_of
+from partialfc.config import Config, flat_settings, load_config
 from partialfc.data import Batch, SequentialLoader, ShardIndex, normalize_images
 from partialfc.distributed.launch import process_group
+from partialfc.distributed.meeting import getting_ready
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.engine import PRECISIONS
 from partialfc.evaluation import (
@@ -37,6 +39,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# What the checkpoints of a run are, and where: no override may change it.
+_FIXED = ("backbone.", "data.image_size", "run.directory")
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,8 @@ def open_verification(config: Config) -> ShardIndex:
     directory = config.data.directory / "verification"
     if config.data.directory.is_dir() and not directory.is_dir():
         raise FileNotFoundError(
-            f"{config.data.directory} has no verification split: pack it with --verification-share, or set "
-            "evaluation.enabled=false"
+            f"{config.data.directory} has no verification split: pack it with --verification-share, or train "
+            "with evaluation.enabled=false"
         )
     index = ShardIndex.open(directory, cache=config.data.remote)
     # Drawn here too, so that a run which cannot be evaluated does not begin.
@@ -129,7 +134,13 @@ def load_backbone(run_directory: str | Path) -> tuple[nn.Module, Config]:
         FileNotFoundError: if the directory holds no run or no checkpoint.
     """
     config = _run_config(run_directory)
-    store = CheckpointStore(Path(run_directory) / "checkpoints", mesh=ShardMesh.single())
+    backbone, _ = _newest(run_directory, config, mesh=ShardMesh.single())
+    return backbone, config
+
+
+def _newest(run_directory: str | Path, config: Config, *, mesh: ShardMesh) -> tuple[nn.Module, Path]:
+    """The backbone of the newest good checkpoint, the same on all ranks of the mesh, and which checkpoint that is."""
+    store = CheckpointStore(Path(run_directory) / "checkpoints", mesh=mesh)
     path = store.latest()
     if path is None:
         raise FileNotFoundError(f"{run_directory} has no checkpoint yet; train it first")
@@ -145,21 +156,35 @@ def load_backbone(run_directory: str | Path) -> tuple[nn.Module, Config]:
         state["ema"] = {name: torch.empty_like(value) for name, value in floating.items()}
     store.load(path, state)
     backbone.load_state_dict({**state["backbone"], **state.get("ema", {})})
-    return backbone.eval(), config
+    return backbone.eval(), path
 
 
-def evaluate_run(run_directory: str | Path) -> Verification:
+def evaluate_run(run_directory: str | Path, overrides: Sequence[str] = ()) -> tuple[int, Verification]:
     """Verifies the newest checkpoint of a run, on all launched ranks.
+
+    Args:
+        run_directory: the `run.directory` of a training, which may still be under way.
+        overrides: "key.sub=value" strings for the configuration of the run, such as "data.directory=data/other".
+
+    Returns:
+        The step of the checkpoint, and what was found; the same on all ranks.
 
     Raises:
         FileNotFoundError: if the run, its checkpoint or its verification data is missing.
+        ValueError: if an override is wrong, or would change the backbone, its images or the run.
+        CheckpointError: if the run has checkpoints but none of them is good.
     """
-    config = _run_config(run_directory)
+    with getting_ready():
+        config = _run_config(run_directory, overrides)
     timeout_seconds = config.supervision.collective_timeout_seconds
     with process_group(config.run.device, timeout_seconds=timeout_seconds) as (mesh, device):
         index = open_verification(config)
-        backbone, _ = load_backbone(run_directory)
-        return verify_backbone(backbone.to(device), index, config, mesh=mesh, device=device)
+        backbone, path = _newest(run_directory, config, mesh=mesh)
+        step = step_of(path)
+        assert step is not None
+        if mesh.rank == 0:
+            logger.info("verifying %s on %s", path, index.directory)
+        return step, verify_backbone(backbone.to(device), index, config, mesh=mesh, device=device)
 
 
 def result_table(verifications: dict[str, Verification]) -> str:
@@ -175,8 +200,16 @@ def result_table(verifications: dict[str, Verification]) -> str:
     return "\n".join(lines)
 
 
-def _run_config(run_directory: str | Path) -> Config:
+def _run_config(run_directory: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(run_directory) / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(f"{run_directory} is not the directory of a run: it has no config.yaml")
-    return load_config(path)
+    config = load_config(path, overrides)
+    old = flat_settings(load_config(path))
+    for name, value in flat_settings(config).items():
+        if name.startswith(_FIXED) and value != old.get(name, "not set"):
+            raise ValueError(
+                f"{name}: {value!r} given, but the checkpoints of {run_directory} are of a run with "
+                f"{old.get(name, 'not set')!r}; leave this override out"
+            )
+    return config

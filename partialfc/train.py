@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from partialfc.assembly import Run, assemble, open_tasks, task_loader
+from partialfc.assembly import Run, assemble, open_inputs, task_loader
 from partialfc.checkpoint import RunLock
 from partialfc.config import Config, flat_settings, write_config
 from partialfc.data import Batch, normalize_images
@@ -76,11 +76,11 @@ def train(config: Config, *, signals: StopSignals | None = None) -> Trained:
             signals=signals,
         ) as supervisor,
     ):
-        tasks = supervisor.together(lambda: open_tasks(config))
+        inputs = supervisor.together(lambda: open_inputs(config, num_ranks=mesh.size))
         if settings.preflight:
-            data = {f"data of {name}": task.index.fingerprint for name, task in tasks.items()}
+            data = {f"data of {name}": task.index.fingerprint for name, task in inputs.tasks.items()}
             supervisor.preflight(device, facts={**flat_settings(config), **data})
-        run = assemble(config, tasks, mesh, device)
+        run = assemble(config, inputs, mesh, device)
         with RunLock(run.directory, mesh=mesh):
             return _train(run, supervisor)
 
@@ -99,7 +99,7 @@ def _train(run: Run, supervisor: Supervisor) -> Trained:
     saver = Saver(run, saved_step=saved_step)
     with MetricsLog(run.directory, resume_step=run.step + 1, enabled=run.is_first_rank) as metrics:
         try:
-            throughput = _train_steps(run, metrics, saver, supervisor)
+            throughput, found = _train_steps(run, metrics, saver, supervisor)
         except Exception:
             # Most errors end all ranks alike, so a save that is under way can be finished. Not all, hence the limit.
             with supervisor.phase("save"):
@@ -107,12 +107,15 @@ def _train(run: Run, supervisor: Supervisor) -> Trained:
             raise
     if run.verification_index is not None:
         with supervisor.phase("evaluation"):
-            verifications["trained"] = _verify(run, run.engine.evaluation_backbone())
+            verifications["trained"] = found or _verify(run, run.engine.evaluation_backbone())
     return Trained(_summarize(run, throughput, verifications), verifications)
 
 
-def _train_steps(run: Run, metrics: MetricsLog, saver: Saver, supervisor: Supervisor) -> Throughput:
-    batch_size = run.global_batch_size
+def _train_steps(
+    run: Run, metrics: MetricsLog, saver: Saver, supervisor: Supervisor
+) -> tuple[Throughput, Verification | None]:
+    """(throughput, what a verification after the last step found, if there was one)."""
+    batch_size, found = run.global_batch_size, None
     throughput, record = Throughput(), Record(run, metrics)
     with (
         ProgressBar(
@@ -139,9 +142,9 @@ def _train_steps(run: Run, metrics: MetricsLog, saver: Saver, supervisor: Superv
             run.progress.step += 1
             record.step(batches, loss, outcome, throughput)
             progress.update(batch_size, loss=loss, lr=record.learning_rate)
-            _when_due(run, metrics, record, saver, supervisor)
+            found = _when_due(run, metrics, record, saver, supervisor)
         record.finish()
-    return throughput
+    return throughput, found
 
 
 def _train_step(run: Run, batches: dict[str, Batch]) -> tuple[float, StepOutcome]:
@@ -165,28 +168,32 @@ def _train_step(run: Run, batches: dict[str, Batch]) -> tuple[float, StepOutcome
     return float(loss.detach()), outcome
 
 
-def _when_due(run: Run, metrics: MetricsLog, record: Record, saver: Saver, supervisor: Supervisor) -> None:
-    """Evaluation and checkpoint at their intervals; the last checkpoint comes with the last step."""
-    every, score = run.config.evaluation.every_steps, None
+def _when_due(
+    run: Run, metrics: MetricsLog, record: Record, saver: Saver, supervisor: Supervisor
+) -> Verification | None:
+    """Evaluation, whose result it returns, and checkpoint at their intervals; the last step always has a checkpoint."""
+    every, found = run.config.evaluation.every_steps, None
     last = run.step == run.total_steps
     wanted = every and (run.step % every == 0 or last) and (not last or run.config.checkpoint.keep_best)
     if run.verification_index is not None and wanted:
         with supervisor.phase("evaluation"):
-            score = _verify_and_write(run, metrics)
-    if saver.is_due(evaluated=score is not None):
+            found = _verify_and_write(run, metrics)
+    if saver.is_due(evaluated=found is not None):
+        score = None if found is None else found.result.accuracy
         with supervisor.phase("save"):
             record.settle()
             saver.save_last(score=score) if last else saver.save(score=score)
     else:
         saver.poll()
+    return found
 
 
-def _verify_and_write(run: Run, metrics: MetricsLog) -> float:
+def _verify_and_write(run: Run, metrics: MetricsLog) -> Verification:
     verification = _verify(run, run.engine.evaluation_backbone())
     accuracy = verification.result.accuracy
     at_far = verification.result.tar_at_far[verification.far]
     metrics.write(run.step, {"verification_accuracy": accuracy, "verification_tar_at_far": at_far})
-    return accuracy
+    return verification
 
 
 def _stop(run: Run, record: Record, saver: Saver, supervisor: Supervisor) -> NoReturn:

@@ -20,7 +20,6 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "ManifestError",
-    "check_files",
     "find_damage",
     "fsync_directory",
     "json_copy",
@@ -144,16 +143,6 @@ def find_damage(
         if digest != record.sha256:
             return f"{name} has sha256 {digest[:12]}... instead of {record.sha256[:12]}..."
     return None
-
-
-def check_files(directory: Path, files: dict[str, FileRecord]) -> None:
-    """Reads files and compares them with their records.
-
-    Raises:
-        ValueError: naming the first difference.
-    """
-    if damage := find_damage(directory, files):
-        raise ValueError(damage)
 
 
 def _digest_of(stream: io.RawIOBase, on_bytes: Callable[[int], None]) -> str:

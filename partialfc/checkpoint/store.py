@@ -18,10 +18,11 @@ import torch
 from partialfc.checkpoint.agreement import CheckpointError, agree
 from partialfc.checkpoint.background import BackgroundSave
 from partialfc.checkpoint.directory import CheckpointDirectory, remove
-from partialfc.checkpoint.manifest import FileRecord, Manifest, check_files, json_copy
+from partialfc.checkpoint.manifest import Manifest, json_copy
 from partialfc.checkpoint.parts import FlatState, flatten
 from partialfc.checkpoint.staging import Staging
 from partialfc.checkpoint.storage import check_state, read_state, write_state
+from partialfc.checkpoint.verifying import check_files
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.distributed.trail import TRAIL
 
@@ -242,7 +243,7 @@ class CheckpointStore:
         """Compares all files with the manifest, the work divided over the ranks."""
         what = f"verifying {path}"
         manifest = self._manifest(path, what)
-        self._agree(what, lambda: check_files(path, _share(manifest.files, self.mesh)))
+        self._agree(what, lambda: check_files(path, manifest.files, self.mesh))
         return manifest
 
     def _manifest(self, path: Path, what: str) -> Manifest:
@@ -259,9 +260,3 @@ def _check_request(step: int, state: dict[str, Any]) -> None:
     if step < 0:
         raise ValueError(f"step is {step}, but must be at least 0")
     check_state(state)
-
-
-def _share(files: dict[str, FileRecord], mesh: ShardMesh) -> dict[str, FileRecord]:
-    """This rank's files to verify: every `size`-th from the largest down."""
-    by_size = sorted(files, key=lambda name: (-files[name].size_bytes, name))
-    return {name: files[name] for name in by_size[mesh.rank :: mesh.size]}

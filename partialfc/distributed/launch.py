@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore
 
+from partialfc.distributed.meeting import getting_ready, meet
 from partialfc.distributed.mesh import ShardMesh, node_groups
-from partialfc.distributed.ranks import Launched, launched, reachable
+from partialfc.distributed.ranks import Launched, launched
 from partialfc.distributed.trail import TRAIL
 
-__all__ = ["RendezvousError", "node_mesh", "process_group"]
+__all__ = ["node_mesh", "process_group"]
 
 logger = logging.getLogger(__name__)
-
-_MOST_NAMED = 20
-
-
-class RendezvousError(RuntimeError):
-    """The launched processes did not all find each other. Starting again may help, if the message does not."""
 
 
 @contextmanager
@@ -41,22 +35,23 @@ def process_group(device: str = "auto", *, timeout_seconds: float = 600.0) -> It
         timeout_seconds: to wait for all processes to come, and later for one of them in a collective.
 
     Raises:
-        ValueError: if the launcher's variables contradict each other, or CUDA is asked for and this process has no GPU
-            of its own.
-        RendezvousError: if not all processes come in time; it names those that are missing.
+        ValueError: if the launcher's variables contradict each other, or CUDA is asked for and this process, on its
+            own, has no GPU.
+        RendezvousError: if not all processes come in time, or some cannot start; it names them.
     """
     if dist.is_initialized():
         yield ShardMesh.from_group(), choose_device(device, launched(os.environ), _num_gpus())
         return
     place = launched(os.environ)
-    chosen = choose_device(device, place, _num_gpus())
+    with getting_ready():
+        chosen = choose_device(device, place, _num_gpus())
     if place.address is None:
         yield ShardMesh.single(), chosen
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     timeout = timedelta(seconds=timeout_seconds)
-    store = _meet(place, place.address, timeout)
+    store = meet(place, timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
         store=PrefixStore("group", store),
@@ -117,61 +112,3 @@ def choose_device(device: str, place: Launched, available: int) -> torch.device:
 
 def _num_gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _meet(place: Launched, address: str, timeout: timedelta) -> Store:
-    """A store that all processes have reached."""
-    if place.launcher == "srun":
-        address = reachable(address)
-    own = f"rank {place.rank} of {place.world_size} (host {socket.gethostname()})"
-    # Where the torchrun agent has a store for its workers, it listens at this address already.
-    hosts = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store: Store
-    try:
-        store = TCPStore(
-            address, place.port, is_master=hosts, timeout=timeout, wait_for_workers=False, multi_tenant=True
-        )
-    except dist.DistError as error:
-        if hosts:
-            raise RendezvousError(
-                f"{own} cannot wait for the others at {address}:{place.port}: {_first_line(error)}; it must be an "
-                "address of this host and a free port: set MASTER_ADDR and MASTER_PORT"
-            ) from error
-        raise RendezvousError(
-            f"{own} did not reach rank 0 at {address}:{place.port} within {timeout.total_seconds():g} s: "
-            f"{_first_line(error)}; rank 0 has not started, MASTER_ADDR or MASTER_PORT is wrong, or the network "
-            "does not let it through"
-        ) from error
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # A store of the torchrun agent outlives a restart of its workers, and would show the dead ones.
-        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    _call_the_roll(store, place, own, timeout)
-    return store
-
-
-def _call_the_roll(store: Store, place: Launched, own: str, timeout: timedelta) -> None:
-    try:
-        store.set(f"here/{place.rank}", "")
-        if store.add("arrived", 1) >= place.world_size:
-            store.set("all here", "")
-        try:
-            store.wait(["all here"], timeout)
-        except dist.DistStoreError as error:
-            missing = [rank for rank in range(place.world_size) if not store.check([f"here/{rank}"])]
-            if not missing:
-                return
-            raise RendezvousError(
-                f"{own} waited {timeout.total_seconds():g} s for {_named(missing)}, which never came: not started, "
-                "died on the way (see its own messages), or cannot reach this network"
-            ) from error
-    except dist.DistNetworkError as error:
-        raise RendezvousError(f"{own} lost rank 0 at the start, which died or gave up: {_first_line(error)}") from error
-
-
-def _named(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:_MOST_NAMED])) + (", ..." if len(ranks) > _MOST_NAMED else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"{len(ranks)} ranks ({shown})"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -18,7 +18,7 @@ from partialfc.backbones import build_backbone
 from partialfc.config import Config
 from partialfc.evaluate import autocast_dtype
 
-__all__ = ["BackboneCost", "count_backbone"]
+__all__ = ["BackboneCost", "count_backbone", "valueless_backbone"]
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,7 @@ def count_backbone(config: Config) -> BackboneCost:
     Raises:
         ValueError: if the backbone cannot be built as configured.
     """
-    # Without values there is nothing to initialise: that takes a while, and transformers draw again by looking at them.
-    with torch.device("meta"):
-        backbone = build_backbone(
-            config.backbone.name,
-            embedding_dim=config.backbone.embedding_dim,
-            image_size=config.data.image_size,
-            **config.backbone.options,
-        )
+    backbone = valueless_backbone(config)
     # Not "meta" throughout: it knows no autocast.
     with FakeTensorMode(allow_non_fake_inputs=True):
         backbone.to_empty(device="cpu")
@@ -80,6 +73,22 @@ def count_backbone(config: Config) -> BackboneCost:
         image_activation_bytes=image_bytes,
         forward_flop=two_flop // 2,
     )
+
+
+def valueless_backbone(config: Config) -> nn.Module:
+    """The network of the configuration on a device that has no memory.
+
+    Raises:
+        ValueError: if it cannot be built as configured.
+    """
+    # Without values there is nothing to initialise: that takes a while, and transformers draw again by looking at them.
+    with torch.device("meta"):
+        return build_backbone(
+            config.backbone.name,
+            embedding_dim=config.backbone.embedding_dim,
+            image_size=config.data.image_size,
+            **config.backbone.options,
+        )
 
 
 def _standing(backbone: nn.Module) -> list[Tensor]:

@@ -26,7 +26,7 @@ from partialfc.head.checks import check_replicas
 from partialfc.head.offload import OffloadedCenters
 from partialfc.head.tiles import TILE_NUMBERS
 
-__all__ = ["BLOCK", "HeadCost", "StepMemory", "TablePart", "count_head", "local_rows", "peak_bytes"]
+__all__ = ["BLOCK", "HeadCost", "StepMemory", "TablePart", "count_head", "local_rows", "lone_head", "peak_bytes"]
 
 BLOCK = 256  # classes; multiples of it are whole blocks, however large these are
 _SMALLEST_DIM, _SMALLEST_BATCH = 128, 16  # of steps without tiles
@@ -175,7 +175,7 @@ def count_head(
     dim, batch_rows = config.backbone.embedding_dim, -(-global_batch_size // num_replicas)
     if num_replicas > 1:
         _check_replicas(settings, path)
-    small, large = (_head(config, settings, size, dim, path=path) for size in (BLOCK, 2 * BLOCK))
+    small, large = (lone_head(config, settings, size, dim, path=path) for size in (BLOCK, 2 * BLOCK))
     before, after = _buffer_bytes(small), _buffer_bytes(large)
     growth = {name: (after[name] - before[name]) // BLOCK for name in after}
     dtypes = {name: str(buffer.dtype).removeprefix("torch.") for name, buffer in large.named_buffers()}
@@ -260,10 +260,14 @@ class _Data:
     index: _Identities
 
 
-def _head(
+def lone_head(
     config: Config, settings: HeadConfig, num_classes: int, embedding_dim: int, *, path: str, device: str = "meta"
 ) -> PartialFC:
-    """A head on a process of its own, built as for training."""
+    """A head on a process of its own, built as for training; on the device "meta" it has shapes and no values.
+
+    Raises:
+        ValueError: if it cannot be built as configured; `path` is that of its section, for the message.
+    """
     backbone = config.backbone.model_copy(update={"embedding_dim": embedding_dim})
     config = config.model_copy(update={"backbone": backbone})
     settings = settings.model_copy(update={"num_classes": num_classes})
@@ -327,7 +331,7 @@ class _ScaledSteps:
             # The share has no part in what a step takes, and a small one would need many classes.
             settings = settings.model_copy(update={"sample_rate": max(settings.sample_rate, _LEAST_RATE)})
             num_classes = max(self.batch_size, round(num_in_play / settings.sample_rate))
-        head = _head(self.config, settings, num_classes, self.embedding_dim, path=self.path, device="cpu")
+        head = lone_head(self.config, settings, num_classes, self.embedding_dim, path=self.path, device="cpu")
         if head.prototypes is not None:
             head.step = head.prototypes.settings.start_step
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""The plan of a run: costs of backbone and heads added up, and the table that shows them.
+"""The plan of a run: costs of backbone, heads and saves added up.
 
 Shapes: B rows of the global batch, b of a rank's, D embedding dimension, N ranks.
 """
@@ -13,10 +13,10 @@ from partialfc.config import Config, HeadConfig
 from partialfc.data import ShardIndex
 from partialfc.plan.backbone import BackboneCost, count_backbone
 from partialfc.plan.head import BLOCK, HeadCost, count_head, local_rows
-from partialfc.plan.sizes import format_bytes
+from partialfc.plan.saves import SaveCost, SavedState, count_saved_state
 from partialfc.plan.traffic import Collective, head_collectives, network_bytes
 
-__all__ = ["Machine", "Plan", "make_plan", "plan_table"]
+__all__ = ["Machine", "Plan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Plan:
         backbone: its costs.
         local_batch_size: b, of all tasks.
         half: whether the backbone multiplies 16-bit numbers.
+        saved: what a checkpoint holds.
         layouts: on several nodes, the same run for each `head.shard_over` that goes with its options.
     """
 
@@ -94,6 +95,7 @@ class Plan:
     backbone: BackboneCost
     local_batch_size: int
     half: bool
+    saved: SavedState
     layouts: dict[str, Plan] = field(default_factory=dict)
 
     def num_shards(self, name: str) -> int:
@@ -128,6 +130,12 @@ class Plan:
     def host_bytes(self) -> int:
         """Tables in the memory of the host, of this rank."""
         return sum(head.table_bytes(self.rows(name), on_host=True) for name, head in self.heads.items())
+
+    @property
+    def save(self) -> SaveCost:
+        """Host memory and storage that checkpoints take."""
+        num_shards = {name: self.num_shards(name) for name in self.heads}
+        return self.saved.cost(identities=self.identities, num_shards=num_shards, num_ranks=self.machine.num_gpus)
 
     @property
     def most_identities(self) -> int:
@@ -235,7 +243,8 @@ def make_plan(config: Config, machine: Machine, *, identities: int | None = None
     local_batch_size = sum(-(-size // machine.num_gpus) for size in batch_sizes.values())
     half = config.training.precision != "fp32"
     heads = {name: cost(name, head.shard_over) for name, head in settings.items()}
-    plan = Plan(machine, heads, counts, count_backbone(config), local_batch_size, half)
+    saved = count_saved_state(config, settings)
+    plan = Plan(machine, heads, counts, count_backbone(config), local_batch_size, half, saved)
     if machine.num_nodes == 1:
         return plan
     layouts = {"all": replace(plan, heads={name: cost(name, "all") for name in settings})}
@@ -260,124 +269,3 @@ def _num_classes(head: HeadConfig, directory: object, path: str) -> int:
             f"{path}.num_classes is null and there is no data in {directory}, so the number of identities is not "
             f"known; set {allowed}"
         ) from None
-
-
-def plan_table(plan: Plan) -> str:
-    """The plan as text."""
-    sections = [_head_section(plan, name) for name in plan.heads]
-    sections += [_memory_section(plan), _time_section(plan), _communication_section(plan)]
-    sections += [_layout_section(plan)] if plan.layouts else []
-    return "\n\n".join(sections)
-
-
-def _rows(rows: list[tuple[str, str]]) -> str:
-    width = max(len(name) for name, _ in rows)
-    values = max(len(value) for _, value in rows)
-    return "\n".join(f"  {name:<{width}}  {value:>{values}}" for name, value in rows)
-
-
-def _head_section(plan: Plan, name: str) -> str:
-    head, rows = plan.heads[name], plan.rows(name)
-    in_play = plan.rows_in_play(name)
-    centers = f", {head.settings.num_subcenters} sub-centers each" if head.settings.num_subcenters > 1 else ""
-    title = f"Head {name}: {plan.identities[name]:,} identities, D = {head.embedding_dim}{centers}"
-    parts = [
-        (f"{part.name} ({part.dtype}{', in host memory' if part.on_host else ''})", f"{part.bytes_per_class:,} B")
-        for part in head.parts
-    ]
-    return "\n".join(
-        [
-            f"{title}\n\nstored for each class (counted)",
-            _rows([*parts, ("together", f"{head.bytes_per_class:,} B")]),
-            f"\n{rows:,} of them on a rank, {in_play:,} in play in a step of {head.global_batch_size:,} rows",
-        ]
-    )
-
-
-def _memory_section(plan: Plan) -> str:
-    cost, machine, num_gpus = plan.backbone, plan.machine, plan.machine.num_gpus
-    rows = [
-        ("backbone: parameters and buffers", format_bytes(cost.parameter_bytes)),
-        ("backbone: gradients", format_bytes(cost.gradient_bytes)),
-        ("backbone: optimizer state", format_bytes(cost.optimizer_bytes)),
-        (
-            f"backbone: activations of {plan.local_batch_size} images (estimate)",
-            format_bytes(cost.activation_bytes(plan.local_batch_size)),
-        ),
-    ]
-    for name, head in plan.heads.items():
-        count = plan.rows(name)
-        staged = head.staged_bytes(count, plan.num_shards(name))
-        rows.append((f"head {name}: tables of {count:,} classes", format_bytes(head.table_bytes(count, on_host=False))))
-        if staged:
-            rows.append((f"head {name}: staged rows of a step", format_bytes(staged)))
-        rows.append((f"head {name}: memory of a step (estimate)", format_bytes(head.step.bytes_for(count))))
-    rows.append(("together", format_bytes(plan.gpu_bytes)))
-    over = plan.gpu_bytes - machine.memory_bytes
-    verdict = f"does NOT fit: {format_bytes(over)} too much" if over > 0 else f"fits, {format_bytes(-over)} left"
-    gpus = f"{num_gpus} GPU{'s' if num_gpus > 1 else ''} of {format_bytes(machine.memory_bytes)}"
-    rows.append((f"of {format_bytes(machine.memory_bytes)}", verdict))
-    if plan.host_bytes:
-        rows.append(("host memory for this rank", format_bytes(plan.host_bytes)))
-    most = plan.most_identities
-    rows.append((f"most identities in head main on {gpus}", f"{most:,}"))
-    if most and (host := plan.heads["main"].table_bytes(local_rows(most, plan.num_shards("main")), on_host=True)):
-        rows.append(("host memory that each rank needs for so many", format_bytes(host)))
-    return (
-        "memory of a GPU (counted, but where it says estimate)\n"
-        + _rows(rows)
-        + "\n  not counted: CUDA context, NCCL, workspaces of cuDNN and cuBLAS, gaps between allocations; leave room"
-    )
-
-
-def _time_section(plan: Plan) -> str:
-    head, backbone, machine = plan.head_seconds, plan.backbone_seconds, plan.machine
-    words = ["16-bit" if half else "float32" for half in (plan.half, plan.heads["main"].half)]
-    rows = [
-        (
-            f"backbone ({words[0]}, {3 * plan.backbone.forward_flop / 1e9:.2f} GFLOP an image)",
-            f"{1e3 * backbone:.2f} ms",
-        ),
-        (f"head ({words[1]} products)", f"{1e3 * head:.2f} ms"),
-        ("share of the head", f"{head / (head + backbone):.1%}"),
-    ]
-    return (
-        "least time of a step (a prediction: operations counted, rates ASSUMED, communication and data left out)\n"
-        + _rows(rows)
-        + f"\n  assumed: {machine.tflops:g} TFLOP/s for 16-bit products, {machine.tflops_fp32:g} for float32, "
-        f"{machine.bandwidth_gb:g} GB/s of memory"
-    )
-
-
-def _communication_section(plan: Plan) -> str:
-    title = "communication of a step (counted from shapes)"
-    if not plan.communication:
-        return f"{title}\n  none on one GPU"
-    rows = [
-        (name, f"{format_bytes(size):>11}   sent by a rank in a ring: {format_bytes(sent):>11}")
-        for name, size, sent in plan.communication
-    ]
-    return f"{title}\n{_rows(rows)}"
-
-
-def _layout_section(plan: Plan) -> str:
-    machine, nodes = plan.machine, plan.machine.num_nodes
-    title = f"class centers over {nodes} nodes of {machine.node_size} GPUs (counted from shapes)"
-    words = {"all": "sharded over all ranks", "node": "all of them on each node"}
-    rows = [
-        (
-            f"head.shard_over={layout}: {words[layout]}",
-            f"sent by a node: {format_bytes(round(each.network_bytes)):>11}   "
-            f"memory of a GPU: {format_bytes(each.gpu_bytes):>11}",
-        )
-        for layout, each in plan.layouts.items()
-    ]
-    if "node" not in plan.layouts:
-        return f"{title}\n{_rows(rows)}\n  an option of a head does not go with head.shard_over=node"
-    everywhere, each_node = plan.layouts["all"], plan.layouts["node"]
-    chosen, why = "all", "a node sends less"
-    if not each_node.fits:
-        why = "with node a GPU has too little memory"
-    elif each_node.network_bytes < everywhere.network_bytes:
-        chosen = "node"
-    return f"{title}\n{_rows(rows)}\n  recommended: head.shard_over={chosen}, since {why}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import socket
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from signal import Signals
 
 from partialfc.data.errors import DataError
 from partialfc.distributed.collectives import gather_objects, max_over_ranks
-from partialfc.distributed.errors import describe
+from partialfc.distributed.errors import Report, describe, is_passing, join_reports
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.supervision.exit_codes import EXIT_OK, EXIT_RETRY, EXIT_STOPPED, EXIT_USER_ERROR
 
@@ -20,24 +19,6 @@ logger = logging.getLogger(__name__)
 
 _EXIT_BUG = 1
 _KINDS = (EXIT_OK, EXIT_RETRY, EXIT_USER_ERROR, _EXIT_BUG)  # where ranks have several, the last of them counts
-_SHOWN = 10
-# What a file system or a network may say today, and not tomorrow.
-_PASSING = {
-    errno.EIO,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.ENOMEM,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.ECONNRESET,
-    errno.ECONNREFUSED,
-    errno.ECONNABORTED,
-    errno.EHOSTUNREACH,
-    errno.ENETUNREACH,
-    errno.ENETDOWN,
-    errno.ENOTCONN,
-    errno.EREMOTEIO,
-}
 
 
 class SupervisionError(RuntimeError):
@@ -114,17 +95,15 @@ def agree(mesh: ShardMesh, *, signal: int, error: BaseException | None) -> Verdi
         raise error
     if code == _EXIT_BUG:
         logger.error("this rank cannot go on", exc_info=error)
-    mine = None if error is None else f"rank {mesh.rank} ({socket.gethostname()}): {describe(error)}"
-    messages = [message for message in gather_objects(mine, mesh, what="errors") if message is not None]
-    shown = "\n".join(messages[:_SHOWN])
-    more = f"\nand {len(messages) - _SHOWN} more ranks" if len(messages) > _SHOWN else ""
-    raise RankError(shown + more, _KINDS[kind]) from error
+    mine = None if error is None else Report(mesh.rank, socket.gethostname(), describe(error))
+    reports = [report for report in gather_objects(mine, mesh, what="errors") if report is not None]
+    raise RankError(join_reports(reports, size=mesh.size), _KINDS[kind]) from error
 
 
 def exit_code_of(error: BaseException) -> int:
     """With which a run should end because of an error: whether another start of the same may end better."""
     if isinstance(error, SupervisionError):
         return error.exit_code
-    if isinstance(error, DataError) or (isinstance(error, OSError) and error.errno in _PASSING):
+    if isinstance(error, DataError) or is_passing(error):
         return EXIT_RETRY
     return EXIT_USER_ERROR if isinstance(error, ValueError | OSError | ImportError) else _EXIT_BUG

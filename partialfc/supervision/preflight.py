@@ -17,7 +17,8 @@ import torch
 import partialfc
 from partialfc.distributed.collectives import gather_objects, max_over_ranks, sum_over_shards
 from partialfc.distributed.mesh import ShardMesh
-from partialfc.supervision.agreement import agree
+from partialfc.supervision.agreement import RankError, agree
+from partialfc.supervision.exit_codes import EXIT_USER_ERROR
 
 __all__ = ["clock_warning", "disagreements", "preflight"]
 
@@ -42,15 +43,16 @@ def preflight(mesh: ShardMesh, device: torch.device, *, facts: dict[str, Any], d
         directory: of the run. All ranks must see what the first writes there, or in the folder where it will be made.
 
     Raises:
-        ValueError: on all ranks alike: names what differs, with the ranks grouped by value.
-        RankError: on all ranks, if the first cannot write in the directory.
+        RankError: on all ranks alike. It names what differs, with the ranks grouped by value, or says that the first
+            cannot write in the directory.
     """
     hosts = gather_objects(socket.gethostname(), mesh)
     own = {name: str(value) for name, value in (_versions() | facts).items()}
     digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
     if len(set(gather_objects(digest, mesh))) > 1:  # all facts of all ranks are much
         found = disagreements(gather_objects(own, mesh), hosts)
-        raise ValueError("the ranks cannot train together:\n" + "\n".join(f"  {line}" for line in found))
+        text = "\n".join(["the ranks cannot train together:", *(f"  {line}" for line in found)])
+        raise RankError(text, EXIT_USER_ERROR)
     _check_directory(mesh, directory, hosts)
     max_over_ranks([0], mesh)  # all ranks leave this at about the same moment
     clocks = gather_objects(time.time(), mesh)
@@ -137,10 +139,11 @@ def _check_directory(mesh: ShardMesh, directory: Path, hosts: list[str]) -> None
     if mesh.rank == 0:
         path.unlink(missing_ok=True)
     if blind:
-        raise ValueError(
+        raise RankError(
             f"run.directory {directory} is not the same folder on all ranks: {_name_ranks(blind)}"
             f"{_name_hosts(blind, hosts)} cannot see what rank 0 ({hosts[0]}) writes there; give a folder of a file "
-            "system that all hosts share"
+            "system that all hosts share",
+            EXIT_USER_ERROR,
         )
 
 

@@ -138,7 +138,7 @@ class Supervisor:
         """Compares the ranks before the first step; see `partialfc.supervision.preflight`. Collective.
 
         Raises:
-            ValueError: on all ranks, if they cannot train together.
+            RankError: on all ranks, if they cannot train together.
         """
         preflight(self._mesh, device, facts=facts, directory=self._directory)
 

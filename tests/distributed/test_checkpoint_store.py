@@ -5,16 +5,18 @@ import logging
 import os
 import shutil
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support import run_distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from partialfc.checkpoint import CheckpointError, CheckpointStore, RunLock, RunLockedError, storage, store
+from partialfc.checkpoint import CheckpointError, CheckpointStore, RunLock, RunLockedError, storage, store, verifying
 from partialfc.checkpoint.manifest import MANIFEST_NAME
 from partialfc.distributed.mesh import ShardMesh
 
@@ -479,3 +481,24 @@ def test_ranks_act_as_one_and_any_number_of_them_loads(tmp_path: Path) -> None:
     metadata = alone.load(path, state := state_at(0, alone.mesh))
     assert_is_state(state, 30, alone.mesh)
     assert (metadata["world_size"], metadata["config_hash"]) == (2, "abc")
+
+
+def verify_slowly(rank: int, world_size: int, directory: str) -> None:
+    impatient = ShardMesh.from_group(dist.new_group(timeout=timedelta(seconds=4)))
+    checkpoints = CheckpointStore(Path(directory) / "checkpoints", mesh=impatient)
+    path = checkpoints.save(1, state_at(1, impatient), metadata={})
+    verifying._ROUND_SECONDS = 0.5
+    find_damage, slow = verifying.find_damage, time.monotonic() + (7 if rank == 1 else 0)
+
+    def find_damage_slowly(*arguments: Any, on_bytes: Any) -> str | None:
+        while time.monotonic() < slow:
+            time.sleep(0.1)
+            on_bytes(0)
+        return find_damage(*arguments, on_bytes=on_bytes)
+
+    verifying.find_damage = find_damage_slowly
+    assert checkpoints.latest() == path
+
+
+def test_ranks_wait_for_one_that_verifies_for_longer_than_a_collective_may_take(tmp_path):
+    run_distributed(verify_slowly, 3, str(tmp_path))

@@ -71,6 +71,10 @@ def check_plain(rank: int, mesh: ShardMesh) -> None:
     mean = (mesh.size - 1) / 2
     assert tensors[0].tolist() == [[mean, mean], [mean, mean]]
     assert float(tensors[1]) == 2 * mean
+    equal = draw(50, 3).float()
+    again = equal.clone()
+    average_over_ranks([again], mesh)
+    assert torch.equal(again, equal)
 
 
 def check_gather_rows(rank: int, mesh: ShardMesh) -> None:

@@ -109,7 +109,7 @@ def check_others(rank: int, mesh: ShardMesh) -> None:
     assert noted() == {
         "all_gather number of embeddings": (1, 8),
         "all_gather embeddings": (1, (1 + mesh.size) * 3 * 4),
-        "all_reduce batch statistics": (1, 7 * 4),
+        "all_reduce batch statistics": (1, 7 * 8),
         "all_reduce signal": (1, 16),
         "all_gather versions": (1, 0),
     }

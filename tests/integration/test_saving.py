@@ -21,7 +21,7 @@ import torch
 from small_run import make_faces, set_back, steps_of, write_config
 from support import checkpoint_tensors
 
-from partialfc.assembly import assemble, open_tasks
+from partialfc.assembly import assemble, open_inputs
 from partialfc.checkpoint import CheckpointStore
 from partialfc.cli import main
 from partialfc.config import load_config
@@ -133,7 +133,7 @@ def test_a_stop_at_a_step_that_is_saved_leaves_its_score(tmp_path: Path, faces: 
     settings = {"keep_best": True, "asynchronous": asynchronous}
     path = config_file(tmp_path, faces, checkpoint=settings, evaluation={"enabled": True, "every_steps": 3})
     config = load_config(path)
-    run = assemble(config, open_tasks(config), ShardMesh.single(), torch.device("cpu"))
+    run = assemble(config, open_inputs(config, num_ranks=1), ShardMesh.single(), torch.device("cpu"))
     run.progress.step = 3
     saver = Saver(run, saved_step=None)
     saver.save(score=0.9)

@@ -17,7 +17,7 @@ from support import checkpoint_tensors
 
 from partialfc.cli import main
 from partialfc.distributed.mesh import ShardMesh
-from partialfc.evaluate import load_backbone
+from partialfc.evaluate import Verification, load_backbone, verify_backbone
 from partialfc.telemetry import read_metrics
 
 STEPS = 6
@@ -85,7 +85,7 @@ def test_a_run_leaves_everything_and_resumes_bit_for_bit(
     assert backbone(torch.zeros(1, 3, 32, 32)).shape == (1, 16)
     capsys.readouterr()
     assert main(["evaluate", str(run)]) == 0
-    assert f"{summary['trained']['accuracy']:.4f}" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["step", "6", f"{summary['trained']['accuracy']:.4f}"]
 
 
 def test_bf16_adamw_cosine_resumes_bit_for_bit(tmp_path: Path, data: Path) -> None:
@@ -125,6 +125,40 @@ def test_two_ranks_train_and_resume_bit_for_bit(tmp_path: Path, data: Path) -> N
     assert "going on from" in second.stderr
     assert losses_of(run) == losses
     _assert_same(checkpoint_tensors(run, "step-00000006"), straight)
+    verified = _torchrun(2, "evaluate", str(run), "evaluation.far=0.1")
+    assert verified.returncode == 0, verified.stderr
+    header, row = verified.stdout.splitlines()
+    assert "TAR@FAR=0.1 " in header
+    assert row.split()[:3] == ["step", "6", f"{summary['trained']['accuracy']:.4f}"]
+    assert verified.stderr.count(f"verifying {run}/checkpoints/step-00000006") == 1
+
+
+def test_the_last_step_is_verified_once(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `keep_best` its score comes with the checkpoint, and the summary has that verification."""
+    found = []
+
+    def count(*arguments: Any, **settings: Any) -> Verification:
+        found.append(verify_backbone(*arguments, **settings))
+        return found[-1]
+
+    monkeypatch.setattr("partialfc.train.verify_backbone", count)
+    summaries = []
+    for keep_best in (False, True):
+        directory = tmp_path / f"keep_best_{keep_best}"
+        evaluation = {"at_start": False, "every_steps": 3}
+        config = _config(directory, data, evaluation=evaluation, checkpoint={"keep_best": keep_best})
+        found.clear()
+        assert main(["train", str(config)]) == 0
+        summaries.append(json.loads((directory / "run" / "summary.json").read_text()))
+        assert len(found) == 2  # after step 3 and after step 6
+        assert summaries[-1]["trained"] == found[1].to_dict()
+        assert found[1].result != found[0].result
+        del summaries[-1]["images_per_second"]
+    assert summaries[0] == summaries[1]
+    # Started again, it has no step to verify after.
+    assert main(["train", str(config)]) == 0
+    assert json.loads((directory / "run" / "summary.json").read_text())["trained"] == summaries[1]["trained"]
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
 import torch
-from support import free_port
 
 from partialfc.distributed.launch import choose_device
 from partialfc.distributed.ranks import Launched, launched, rank_from_environment, slurm_address, slurm_port
@@ -173,75 +165,3 @@ def test_a_process_without_a_gpu_is_told(launcher: str, local_rank: int, availab
 def test_the_rank_in_messages_never_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "x")
     assert rank_from_environment() == 0
-
-
-MEETING = """
-    import sys
-    from partialfc.distributed.launch import RendezvousError, process_group
-    try:
-        with process_group("cpu", timeout_seconds=float(sys.argv[1])) as (mesh, _):
-            sys.stdout.write(f"met {mesh.rank} {mesh.size}\\n")
-    except (RendezvousError, ValueError) as error:
-        sys.stdout.write(f"{error}\\n")
-"""
-
-
-def _start(rank: int, size: int, address: str, port: int, timeout: float) -> subprocess.Popen[str]:
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-    environment |= {"MASTER_ADDR": address, "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", textwrap.dedent(MEETING), str(timeout)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
-    try:
-        return [process.communicate(timeout=60)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def test_ranks_that_never_come_are_named() -> None:
-    port = free_port()
-    told = _outputs([_start(rank, 4, "127.0.0.1", port, 4) for rank in (0, 2)])
-    assert "rank 0 of 4 (host" in told[0]
-    assert "waited 4 s for 2 ranks (1, 3), which never came" in told[0]
-    # The store goes with rank 0, which may give up first.
-    assert "2 ranks (1, 3)" in told[1] or "lost rank 0 at the start" in told[1]
-
-
-def test_without_rank_0_its_address_is_named() -> None:
-    port = free_port()
-    (told,) = _outputs([_start(1, 2, "127.0.0.1", port, 2)])
-    assert f"rank 1 of 2 (host {socket.gethostname()}) did not reach rank 0 at 127.0.0.1:{port} within 2 s" in told
-
-
-def test_a_port_that_is_taken_is_named() -> None:
-    with socket.socket() as taken:
-        taken.bind(("0.0.0.0", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        (told,) = _outputs([_start(0, 2, "127.0.0.1", port, 2)])
-    assert f"cannot wait for the others at 127.0.0.1:{port}" in told
-    assert "set MASTER_ADDR and MASTER_PORT" in told
-
-
-def test_processes_of_one_launch_meet() -> None:
-    port = free_port()
-    assert _outputs([_start(rank, 2, "127.0.0.1", port, 60) for rank in (0, 1)]) == ["met 0 2\n", "met 1 2\n"]
-
-
-def test_ranks_meet_again_after_a_restart_of_plain_torchrun(tmp_path: Path) -> None:
-    """Its agent keeps one store for all restarts, with the addresses of the dead in it."""
-    script = tmp_path / "dies_once.py"
-    dies_once = "        if start == '0': os._exit(1)\n        sys.stdout"
-    meeting = textwrap.dedent(MEETING).replace("        sys.stdout", dies_once)
-    script.write_text(f"import os\nstart = os.environ['TORCHELASTIC_RESTART_COUNT']\n{meeting}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
-    finished = subprocess.run(
-        [*command, str(script), "30"], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert sorted(finished.stdout.split("\n")) == ["", "met 0 2", "met 1 2"]

@@ -28,7 +28,7 @@ quickstart: setup $(QUICKSTART_DATA)/train/manifest.json
 
 # A file of tests at a time in each of two processes: most of them have one thread, and wait for others a lot.
 test: setup lint types
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 soak: setup
 	$(BIN)/python -m pytest -m soak

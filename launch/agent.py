@@ -13,14 +13,20 @@ from pathlib import Path
 from types import FrameType
 
 from partialfc.supervision.exit_codes import EXIT_OK, EXIT_RETRY, EXIT_STOPPED, EXIT_USER_ERROR
+from partialfc.supervision.signals import AGENT
 
 FINAL = "PARTIALFC_FINAL"  # the environment variable with a file that a rank makes to say: no use starting again
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
+# What tells this machine to stop, and what ranks are then told, which save at three signals only.
+_SIGNALS = {number: number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
+_SIGNALS |= dict.fromkeys((signal.SIGHUP, signal.SIGQUIT), signal.SIGTERM)
 
 
 def main(arguments: list[str]) -> int:
     """Runs torchrun in this process; returns the exit code."""
-    for number in _SIGNALS:  # until workers run: torchrun then has handlers that hand them on
+    signals = dict(_SIGNALS)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # as nohup leaves it, to go on when the session ends
+        del signals[signal.SIGHUP]
+    for number in signals:
         signal.signal(number, lambda *_: sys.exit(EXIT_STOPPED))
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -29,17 +35,18 @@ def main(arguments: list[str]) -> int:
 
     def stop(number: int, frame: FrameType | None) -> None:
         # Torchrun takes this kind for a machine that leaves, and lets the others meet without it.
-        # It hands the same signal on, and ranks save at SIGTERM.
-        handed_on = signal.SIGTERM if number in (signal.SIGHUP, signal.SIGQUIT) else signal.Signals(number)
-        raise SignalException("told to stop", sigval=handed_on)
+        raise SignalException("told to stop", sigval=signals[signal.Signals(number)])
 
-    for number in _SIGNALS:
+    for number in signals:
         signal.signal(number, stop)
+    # For those that are handed on as they are, torchrun puts its own handlers in the place of ours when workers start.
+    own = ",".join(number.name for number, handed_on in signals.items() if number == handed_on)
     with tempfile.TemporaryDirectory(prefix="partialfc-") as directory:
         final = Path(directory) / "final"
         os.environ[FINAL] = str(final)
+        os.environ[AGENT] = str(os.getpid())
         try:
-            torchrun(arguments)
+            torchrun(["--signals-to-handle", own, *arguments])
         except SignalException as told:
             _say(f"told to stop by {told.sigval.name}; start again to go on")
             return EXIT_STOPPED

@@ -15,7 +15,8 @@
 # PARTIALFC_PYTHON  what runs Python, such as "apptainer exec --nv image.sif python"; default: .venv, else python
 #
 # It ends with 0 when the run is finished, 2 after a mistake of the user that another start would not mend, 75 after
-# faults in spite of all restarts, and 85 when it was told to stop (SIGTERM, SIGINT, SIGUSR2): start it again to go on.
+# faults in spite of all restarts, and 85 when it was told to stop (SIGTERM, SIGINT, SIGQUIT, SIGUSR2, and SIGHUP but
+# under nohup): start it again to go on.
 set -euo pipefail
 
 if [[ $# -eq 0 || $1 == -h || $1 == --help ]]; then
@@ -44,6 +45,7 @@ check NODE_RANK "a number from 0 on" "[0-9]+"
 check MAX_RESTARTS "a number from 0 on" "[0-9]+"
 check JOIN_SECONDS "a number from 1 on" "[1-9][0-9]*"
 check MASTER_PORT "a number from 1 to 65535" "[1-9][0-9]{0,4}"
+((${MASTER_PORT:-1} <= 65535)) || refuse "MASTER_PORT is '$MASTER_PORT', but must be a number from 1 to 65535"
 check OMP_NUM_THREADS "a number from 1 on" "[1-9][0-9]*"
 
 if [[ -z ${NPROC_PER_NODE:-} ]]; then
@@ -92,5 +94,4 @@ fi
 
 # Long enough to save what all processes hold; Slurm and the like end it earlier where they must.
 exec "${python[@]}" "$launch/agent.py" --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" "${where[@]}" \
-    --max-restarts "${MAX_RESTARTS:-3}" --shutdown-timeout 120 \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2 "$launch/rank.py" train "$@"
+    --max-restarts "${MAX_RESTARTS:-3}" --shutdown-timeout 120 "$launch/rank.py" train "$@"

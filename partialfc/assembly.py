@@ -21,8 +21,7 @@ from partialfc.data import JoinedIndex, Loader, RankSteps, ShardIndex
 from partialfc.distributed.launch import node_mesh
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.engine import BackboneEngine, EngineSettings, build_engine
-from partialfc.evaluate import open_verification
-from partialfc.feeding import TrainingData, check_stages, make_loader, open_training_data
+from partialfc.feeding import TrainingData, check_stages, make_loader, open_training_data, open_verification
 from partialfc.head import HeadGroup, PartialFC
 from partialfc.keyed import hash64
 from partialfc.optim import build_optimizer, learning_rate_at
@@ -35,6 +34,7 @@ __all__ = [
     "assemble",
     "build_backbone_optimizer",
     "build_head",
+    "configured_backbone",
     "open_inputs",
     "open_tasks",
     "task_loader",
@@ -170,12 +170,7 @@ def assemble(config: Config, inputs: Inputs, mesh: ShardMesh, device: torch.devi
     """
     tasks = inputs.tasks
     torch.manual_seed(config.run.seed)
-    backbone = build_backbone(
-        config.backbone.name,
-        embedding_dim=config.backbone.embedding_dim,
-        image_size=config.data.image_size,
-        **config.backbone.options,
-    ).to(device)
+    backbone = configured_backbone(config).to(device)
     head_meshes = _head_meshes(config, tasks, mesh)
     heads = HeadGroup(
         {
@@ -277,6 +272,20 @@ def _num_classes(task: Task, path: str) -> int:
             f"{index.num_classes - 1}; set it to at least {index.num_classes}, or to null to take it from the data"
         )
     return index.num_classes if given is None else given
+
+
+def configured_backbone(config: Config) -> nn.Module:
+    """A new network, as the section `backbone` has it, for images of `data.image_size`.
+
+    Raises:
+        ValueError: if it cannot be built so.
+    """
+    return build_backbone(
+        config.backbone.name,
+        embedding_dim=config.backbone.embedding_dim,
+        image_size=config.data.image_size,
+        **config.backbone.options,
+    )
 
 
 def build_backbone_optimizer(config: Config, backbone: nn.Module) -> torch.optim.Optimizer:

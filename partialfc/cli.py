@@ -32,40 +32,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, signals: StopSignals | None) -> int:
-    # Imported late: the message of a mistyped command need not wait for torch.
-    from partialfc.checkpoint import CheckpointError, RunLockedError
-    from partialfc.distributed.meeting import RendezvousError
-    from partialfc.saving import SaveError
-    from partialfc.supervision.agreement import SupervisionError, exit_code_of
-    from partialfc.train import DivergedError
-
     try:
         if signals is not None:
             _train(options, signals)
             return EXIT_OK
         code: int | None = options.command(options)
-    except SupervisionError as error:
-        _say(error)
-        return error.exit_code
-    except RendezvousError as error:
-        _say(error)
-        return EXIT_USER_ERROR if error.lasting else EXIT_RETRY
-    except SaveError as error:
-        _say(error)
-        return EXIT_RETRY
-    except (CheckpointError, DivergedError) as error:
-        _say(error)
-        return EXIT_USER_ERROR
-    except RunLockedError as error:
-        _say(error)
-        return EXIT_RETRY if error.by_same_job else EXIT_USER_ERROR
-    except (ValueError, OSError, ImportError) as error:
-        _say(error)
-        return exit_code_of(error) if signals is not None else EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("partialfc: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if signals is not None:
+            # A launcher that has seen another rank end tells this one to stop, which may have the message to say.
+            signals.answered()
+        code = _exit_code(error) if signals is not None else _exit_code_of_command(error)
+        if code is None:
+            raise
+        _say(error)
     return code or EXIT_OK
+
+
+def _exit_code(error: Exception) -> int | None:
+    """For an error whose message is enough; None for one of ours, whose traceback is wanted."""
+    # Imported late: the message of a mistyped command need not wait for torch.
+    from partialfc.checkpoint import CheckpointError, RunLockedError
+    from partialfc.distributed.meeting import RendezvousError
+    from partialfc.supervision.agreement import SupervisionError, exit_code_of
+    from partialfc.train import DivergedError
+
+    if isinstance(error, SupervisionError):
+        return error.exit_code
+    if isinstance(error, RendezvousError):
+        return EXIT_USER_ERROR if error.lasting else EXIT_RETRY
+    if isinstance(error, CheckpointError):
+        return EXIT_RETRY if error.passing else EXIT_USER_ERROR
+    if isinstance(error, RunLockedError):
+        return EXIT_RETRY if error.by_same_job else EXIT_USER_ERROR
+    if isinstance(error, DivergedError):
+        return EXIT_USER_ERROR
+    return exit_code_of(error) if isinstance(error, ValueError | OSError | ImportError) else None
+
+
+def _exit_code_of_command(error: Exception) -> int | None:
+    """As for a training, except that nobody starts the others again by themselves."""
+    return EXIT_USER_ERROR if isinstance(error, ValueError | OSError | ImportError) else _exit_code(error)
 
 
 def _say(error: Exception) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partialfc.backbones import build_backbone
-from partialfc.checkpoint import CheckpointStore
+from partialfc.assembly import configured_backbone
+from partialfc.checkpoint import CheckpointError, CheckpointStore
 from partialfc.checkpoint.directory import step_of
 from partialfc.config import Config, flat_settings, load_config
 from partialfc.data import Batch, SequentialLoader, ShardIndex, normalize_images
@@ -20,20 +21,13 @@ from partialfc.distributed.launch import process_group
 from partialfc.distributed.meeting import getting_ready
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.engine import PRECISIONS
-from partialfc.evaluation import (
-    VerificationResult,
-    extract_embeddings,
-    make_pairs,
-    nearest_neighbor_accuracy,
-    verify,
-)
+from partialfc.evaluation import VerificationResult, extract_embeddings, nearest_neighbor_accuracy, verify
+from partialfc.feeding import open_verification
 
 __all__ = [
     "Verification",
-    "autocast_dtype",
     "evaluate_run",
     "load_backbone",
-    "open_verification",
     "result_table",
     "verify_backbone",
 ]
@@ -42,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 # What the checkpoints of a run are, and where: no override may change it.
 _FIXED = ("backbone.", "data.image_size", "run.directory")
+_AGAIN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -67,30 +62,6 @@ class Verification:
         }
 
 
-def autocast_dtype(config: Config) -> torch.dtype | None:
-    """The precision that the backbone runs in under autocast; None for fp32."""
-    return PRECISIONS[config.training.precision]
-
-
-def open_verification(config: Config) -> ShardIndex:
-    """The verification split of the run's data, able to make the pairs that the configuration asks for.
-
-    Raises:
-        FileNotFoundError: if the data has none; it says what to do.
-        ValueError: if it has too few images for `evaluation.num_pairs`.
-    """
-    directory = config.data.directory / "verification"
-    if config.data.directory.is_dir() and not directory.is_dir():
-        raise FileNotFoundError(
-            f"{config.data.directory} has no verification split: pack it with --verification-share, or train "
-            "with evaluation.enabled=false"
-        )
-    index = ShardIndex.open(directory, cache=config.data.remote)
-    # Drawn here too, so that a run which cannot be evaluated does not begin.
-    make_pairs(torch.from_numpy(index.labels.copy()), num_pairs=config.evaluation.num_pairs, seed=config.run.seed)
-    return index
-
-
 def verify_backbone(
     backbone: nn.Module, index: ShardIndex, config: Config, *, mesh: ShardMesh, device: torch.device
 ) -> Verification:
@@ -109,7 +80,7 @@ def verify_backbone(
         device=device,
         mesh=mesh,
         normalize_images=normalize_images,
-        autocast_dtype=autocast_dtype(config),
+        autocast_dtype=PRECISIONS[config.training.precision],
     )
     far = config.evaluation.far
     result = verify(embeddings, labels, num_pairs=config.evaluation.num_pairs, seed=config.run.seed, fars=[far])
@@ -144,12 +115,7 @@ def _newest(run_directory: str | Path, config: Config, *, mesh: ShardMesh) -> tu
     path = store.latest()
     if path is None:
         raise FileNotFoundError(f"{run_directory} has no checkpoint yet; train it first")
-    backbone = build_backbone(
-        config.backbone.name,
-        embedding_dim=config.backbone.embedding_dim,
-        image_size=config.data.image_size,
-        **config.backbone.options,
-    )
+    backbone = configured_backbone(config)
     state = {"backbone": backbone.state_dict()}
     if "ema" in store.metadata(path)["sections"]:
         floating = {name: value for name, value in backbone.state_dict().items() if value.is_floating_point()}
@@ -157,6 +123,15 @@ def _newest(run_directory: str | Path, config: Config, *, mesh: ShardMesh) -> tu
     store.load(path, state)
     backbone.load_state_dict({**state["backbone"], **state.get("ema", {})})
     return backbone.eval(), path
+
+
+def _newest_that_stays(run_directory: str | Path, config: Config, mesh: ShardMesh) -> tuple[nn.Module, Path]:
+    try:
+        return _newest(run_directory, config, mesh=mesh)
+    except CheckpointError:
+        # Perhaps the run goes on, and has removed what was just being read: then there is a newer one.
+        time.sleep(_AGAIN_SECONDS)
+        return _newest(run_directory, config, mesh=mesh)
 
 
 def evaluate_run(run_directory: str | Path, overrides: Sequence[str] = ()) -> tuple[int, Verification]:
@@ -173,13 +148,15 @@ def evaluate_run(run_directory: str | Path, overrides: Sequence[str] = ()) -> tu
         FileNotFoundError: if the run, its checkpoint or its verification data is missing.
         ValueError: if an override is wrong, or would change the backbone, its images or the run.
         CheckpointError: if the run has checkpoints but none of them is good.
+        RendezvousError: on all launched ranks, instead of what only some meet before they are a group; see
+            `partialfc.distributed.meeting`.
     """
     with getting_ready():
         config = _run_config(run_directory, overrides)
+        index = open_verification(config)
     timeout_seconds = config.supervision.collective_timeout_seconds
     with process_group(config.run.device, timeout_seconds=timeout_seconds) as (mesh, device):
-        index = open_verification(config)
-        backbone, path = _newest(run_directory, config, mesh=mesh)
+        backbone, path = _newest_that_stays(run_directory, config, mesh)
         step = step_of(path)
         assert step is not None
         if mesh.rank == 0:

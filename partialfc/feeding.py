@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from partialfc.config import DataConfig
+from partialfc.config import Config, DataConfig
 from partialfc.data import (
     DaliLoader,
     DaliStream,
@@ -23,9 +23,10 @@ from partialfc.data import (
     WebDatasetLoader,
     load_stages,
 )
+from partialfc.evaluation import make_pairs
 from partialfc.keyed import hash64
 
-__all__ = ["TrainingData", "check_stages", "make_loader", "open_training_data"]
+__all__ = ["TrainingData", "check_stages", "make_loader", "open_training_data", "open_verification"]
 
 _SOURCE_STREAM = 6  # keeps these hashes apart from those of other parts of the same seed
 
@@ -93,6 +94,25 @@ def _make_plan(
     ]
     given = [float(share) for share in shares if share is not None]
     return MixedPlan(plans, [1.0 - sum(given), *given], seed=seed, first_ids=index.first_ids)
+
+
+def open_verification(config: Config) -> ShardIndex:
+    """The verification split of the run's data, able to make the pairs that the configuration asks for.
+
+    Raises:
+        FileNotFoundError: if the data has none; it says what to do.
+        ValueError: if it has too few images for `evaluation.num_pairs`.
+    """
+    directory = config.data.directory / "verification"
+    if config.data.directory.is_dir() and not directory.is_dir():
+        raise FileNotFoundError(
+            f"{config.data.directory} has no verification split: pack it with --verification-share, or train "
+            "with evaluation.enabled=false"
+        )
+    index = ShardIndex.open(directory, cache=config.data.remote)
+    # Drawn here too, so that a run which cannot be evaluated does not begin.
+    make_pairs(torch.from_numpy(index.labels.copy()), num_pairs=config.evaluation.num_pairs, seed=config.run.seed)
+    return index
 
 
 def make_loader(config: DataConfig, data: TrainingData, steps: RankSteps, *, device: torch.device) -> Loader:

@@ -15,7 +15,13 @@ __all__ = ["DivergedError", "Record", "check_files"]
 
 
 class DivergedError(RuntimeError):
-    """The loss or its gradient was not finite for many steps in a row. Raised on all ranks alike."""
+    """The loss or its gradient was not finite for many steps in a row. Raised on all ranks alike.
+
+    Attributes:
+        agreed: every rank raises it with the same message, so that one of them need say it.
+    """
+
+    agreed = True
 
 
 def check_files(directory: Path) -> None:

@@ -24,6 +24,9 @@ _OPTIONAL_SECTIONS = ("ema", "loss_scale")
 class SaveError(CheckpointError):
     """Too many saves have failed. Earlier checkpoints are good; when the storage is well again, the run can go on."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, passing=True)
+
 
 def _facts(run: Run) -> dict[str, Any]:
     """What must be the same when a run goes on: with another value the checkpoint means something else."""

@@ -63,6 +63,7 @@ def train(config: Config, *, signals: StopSignals | None = None) -> Trained:
         CheckpointError: if the run has checkpoints but none of them is good, or too many could not be written.
         DivergedError: if the run has diverged.
         SupervisionError: on all ranks, if one has failed, or a signal has told the run to stop.
+        RendezvousError: on all ranks, if they do not meet; see `partialfc.distributed.meeting`.
     """
     settings = config.supervision
     if signals is not None:

@@ -10,8 +10,13 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors here are small: more threads would only wait for each other, and for those of other processes."""
+    """Tensors here are small: more threads would only wait for each other, and for those of other processes.
+
+    So they would in the processes that tests start: on a busy machine a step of two threads can take ten seconds.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(threads)

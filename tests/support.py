@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import socket
 import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+_PORTS = random.SystemRandom()  # others seed what `random` draws from
 
 
 def _entry(
@@ -36,11 +39,17 @@ def _entry(
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens at.
+
+    It is none of those that the system gives to whoever asks for any, as gloo does many times: until it is used, which
+    is seconds later, one of a test beside this one could have it.
+    """
+    for _ in range(100):
+        port = _PORTS.randrange(10_000, 24_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 class Ranks:

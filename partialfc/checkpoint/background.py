@@ -7,9 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch.distributed as dist
 
-from partialfc.checkpoint.agreement import CheckpointError
+from partialfc.checkpoint.agreement import CheckpointError, agree
 from partialfc.distributed.collectives import max_over_ranks
-from partialfc.distributed.errors import describe
 from partialfc.distributed.mesh import ShardMesh
 
 __all__ = ["BackgroundSave"]
@@ -59,19 +58,26 @@ class BackgroundSave:
             wait([self._under_way[1]], timeout_seconds)
 
     def report(self) -> None:
-        """Waits, and tells how it ended, once.
+        """Waits, and tells how it ended, once. Collective.
 
         Raises:
-            CheckpointError: if it failed.
+            CheckpointError: if it failed on any rank.
         """
         if self._under_way is None:
             return
         (what, future), self._under_way = self._under_way, None
-        error = future.exception()
-        if isinstance(error, CheckpointError):
-            raise CheckpointError(*error.args) from error
-        if error is not None:  # such as a rank that died
-            raise CheckpointError(f"{what}: rank {self._mesh.rank}: {describe(error)}") from error
+        # What the threads have agreed on all ranks know; but a thread may also have ended by itself.
+        outcomes = agree(what, lambda: _agreed_failure(future), self._mesh)
+        failure = next((outcome for outcome in outcomes if outcome is not None), None)
+        if failure is not None:
+            raise CheckpointError(str(failure), passing=failure.passing) from future.exception()
+
+
+def _agreed_failure(future: Future[object]) -> CheckpointError | None:
+    error = future.exception()
+    if error is None or isinstance(error, CheckpointError):
+        return error
+    raise error
 
 
 def _mesh_of_its_own(mesh: ShardMesh) -> ShardMesh:

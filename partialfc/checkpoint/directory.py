@@ -46,9 +46,7 @@ class CheckpointDirectory:
 
     def steps(self) -> list[int]:
         """Of the committed checkpoints, ascending."""
-        if not self.path.exists():
-            return []
-        return sorted(step for step in map(step_of, self.path.iterdir()) if step is not None)
+        return sorted(step for step in map(step_of, self._entries()) if step is not None)
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step is, or will be."""
@@ -113,8 +111,6 @@ class CheckpointDirectory:
         Later steps are there only if they were damaged or the run was set back. They neither count, which could remove
         the last good checkpoint, nor are they removed, since they may be someone's evidence.
         """
-        if not self.path.exists():
-            return
         try:
             steps = [number for number in self.steps() if number <= step]
             good = [number for number in steps if self.path_of(number).name not in self.damaged]
@@ -124,7 +120,7 @@ class CheckpointDirectory:
                 if kept and number < min(kept) and number != best:
                     path = self.path_of(number)
                     path.rename(self._trash_of(path))
-            for leftover in filter(_is_leftover, self.path.iterdir()):
+            for leftover in filter(_is_leftover, self._entries()):
                 remove(leftover)
         except OSError as error:
             # The new checkpoint is committed; old ones that stay cost only space, and are tried again at the next save.
@@ -132,10 +128,18 @@ class CheckpointDirectory:
 
     def put_back(self) -> None:
         """Gives a checkpoint its name again that was to be replaced by a process that was killed just then."""
-        for replaced in filter(_is_leftover, self.path.glob(f"{_REPLACED_PREFIX}*")):
+        for replaced in filter(_is_leftover, self._entries()):
             path = self.path / replaced.name.removeprefix(_REPLACED_PREFIX)
-            if not path.exists():
+            if path.name != replaced.name and not path.exists():
                 replaced.rename(path)
+
+    def _entries(self) -> list[Path]:
+        """All that is here; nothing before the first save."""
+        try:
+            # `exists` and `glob` take a server that does not answer for that, depending on the version of Python.
+            return list(self.path.iterdir())
+        except FileNotFoundError:
+            return []
 
     def _best_of(self, steps: list[int]) -> int | None:
         scores = {step: score for step, score in self.scores().items() if step in steps}

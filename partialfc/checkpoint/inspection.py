@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.checkpoint.directory import step_of
-from partialfc.checkpoint.manifest import MANIFEST_NAME, Manifest, ManifestError, find_damage
+from partialfc.checkpoint.manifest import MANIFEST_NAME, DamageError, Manifest, ManifestError, compare
 
 __all__ = ["CheckpointSummary", "find_checkpoints", "summarize"]
 
@@ -71,7 +71,11 @@ def summarize(path: Path, *, contents: bool, on_bytes: Callable[[int], None] = l
     except ManifestError as error:
         present = sum(file.stat().st_size for file in path.iterdir() if file.name != MANIFEST_NAME)
         return CheckpointSummary(path, step, present, {}, str(error))
-    damage = find_damage(path, manifest.files, contents=contents, on_bytes=on_bytes)
-    if damage is None and not contents:
-        damage = find_damage(path, {name: record for name, record in manifest.files.items() if name == ".metadata"})
+    damage = None
+    try:
+        compare(path, manifest.files, contents=contents, on_bytes=on_bytes)
+        if not contents:
+            compare(path, {name: record for name, record in manifest.files.items() if name == ".metadata"})
+    except DamageError as error:
+        damage = str(error)
     return CheckpointSummary(path, step, manifest.total_bytes, manifest.metadata, damage)

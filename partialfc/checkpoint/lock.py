@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from partialfc.checkpoint.file_system import explained
+from partialfc.checkpoint.rounds import Rounds
 from partialfc.distributed.collectives import gather_objects
 from partialfc.distributed.mesh import ShardMesh
 
@@ -38,9 +39,11 @@ class RunLockedError(ValueError):
     Attributes:
         by_same_job: whether it is an earlier start of this very job, on a machine that is gone, say, so that another
             start may find it gone.
+        agreed: every rank raises it with the same message, so that one of them need say it.
     """
 
     by_same_job = False
+    agreed = True
 
 
 class RunLock:
@@ -53,7 +56,7 @@ class RunLock:
     Args:
         directory: of the run; made if it is missing.
         mesh: the ranks of the job.
-        wait_seconds: for a job that is just ending.
+        wait_seconds: for a job that is just ending; for an earlier start of this very job two minutes more.
     """
 
     def __init__(self, directory: str | Path, *, mesh: ShardMesh, wait_seconds: float = 15.0) -> None:
@@ -70,11 +73,13 @@ class RunLock:
             OSError: if the file cannot be made.
         """
         error: Exception | None = None
+        rounds = Rounds(self.mesh, what="who still waits for the run")
         if self.mesh.rank == 0:
             try:
-                self._lock()
+                self._lock(rounds)
             except (RunLockedError, OSError) as failure:
                 error = failure
+        rounds.finish()
         (first, *_) = gather_objects(error, self.mesh, what="lock of the run")
         if first is not None:
             raise first
@@ -96,7 +101,7 @@ class RunLock:
     ) -> None:
         self.release()
 
-    def _lock(self) -> None:
+    def _lock(self, rounds: Rounds) -> None:
         with explained(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             status = self.path.parent.stat()
@@ -106,7 +111,7 @@ class RunLock:
                 raise RunLockedError(f"{self.path.parent} is in use by another run in this process")
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
-            self._wait_for(descriptor)
+            self._wait_for(descriptor, rounds)
             _write_holder(descriptor)
         except BaseException:
             os.close(descriptor)
@@ -114,8 +119,8 @@ class RunLock:
         self._descriptor, self._key = descriptor, key
         _held_here.add(key)
 
-    def _wait_for(self, descriptor: int) -> None:
-        deadline, told = time.monotonic() + self.wait_seconds, False
+    def _wait_for(self, descriptor: int, rounds: Rounds) -> None:
+        began, told = time.monotonic(), False
         while True:
             try:
                 # Not flock, whose lock belongs to an open file, and so to every process that was forked meanwhile.
@@ -133,7 +138,8 @@ class RunLock:
                 if error.errno not in _HELD:
                     raise
             by_same_job = _job() is not None and _record(descriptor).get("job") == _job()
-            if time.monotonic() >= deadline + (_PREDECESSOR_SECONDS if by_same_job else 0.0):
+            limit = self.wait_seconds + (_PREDECESSOR_SECONDS if by_same_job else 0.0)
+            if time.monotonic() >= began + limit:
                 refusal = RunLockedError(
                     f"{self.path.parent} is in use by {_holder(descriptor)}; stop that job, or give this one another "
                     "run.directory"
@@ -141,8 +147,9 @@ class RunLock:
                 refusal.by_same_job = by_same_job
                 raise refusal
             if not told:
-                logger.info("waiting up to %g s for %s to end", self.wait_seconds, _holder(descriptor))
+                logger.info("waiting up to %g s for %s to end", limit, _holder(descriptor))
                 told = True
+            rounds.working()
             time.sleep(_POLL_SECONDS)
 
 

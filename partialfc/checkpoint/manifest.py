@@ -17,10 +17,11 @@ from typing import Any
 
 __all__ = [
     "MANIFEST_NAME",
+    "DamageError",
     "FileRecord",
     "Manifest",
     "ManifestError",
-    "find_damage",
+    "compare",
     "fsync_directory",
     "json_copy",
 ]
@@ -31,7 +32,14 @@ _READ_BYTES = 2**20
 
 
 class ManifestError(ValueError):
-    """A manifest that is missing, damaged or of another format; the message says which."""
+    """A manifest that is missing, damaged or of another format; the message says which.
+
+    Its cause is an OSError where the system could not read it; so it is with `DamageError`.
+    """
+
+
+class DamageError(ValueError):
+    """A file that is not what its record says, or cannot be read; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +121,13 @@ class Manifest:
         return cls(files, body["metadata"])
 
 
-def find_damage(
+def compare(
     directory: Path,
     files: dict[str, FileRecord],
     *,
     contents: bool = True,
     on_bytes: Callable[[int], None] = lambda count: None,
-) -> str | None:
+) -> None:
     """Compares files with their records.
 
     Args:
@@ -128,21 +136,20 @@ def find_damage(
         contents: False looks at the sizes alone.
         on_bytes: called with the number of bytes read, as they are.
 
-    Returns:
-        The first difference, naming the file, or None if all are as they should be.
+    Raises:
+        DamageError: at the first difference, naming the file.
     """
     for name, record in sorted(files.items()):
         try:
             with (directory / name).open("rb", buffering=0) as stream:
                 size = os.fstat(stream.fileno()).st_size
                 if size != record.size_bytes:
-                    return f"{name} has {size} bytes instead of {record.size_bytes}"
+                    raise DamageError(f"{name} has {size} bytes instead of {record.size_bytes}")
                 digest = _digest_of(stream, on_bytes) if contents else record.sha256
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            raise DamageError(f"{name} cannot be read: {error.strerror}") from error
         if digest != record.sha256:
-            return f"{name} has sha256 {digest[:12]}... instead of {record.sha256[:12]}..."
-    return None
+            raise DamageError(f"{name} has sha256 {digest[:12]}... instead of {record.sha256[:12]}...")
 
 
 def _digest_of(stream: io.RawIOBase, on_bytes: Callable[[int], None]) -> str:

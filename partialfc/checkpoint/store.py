@@ -144,7 +144,8 @@ class CheckpointStore:
         if good is None and reasons:
             raise CheckpointError(
                 f"{self.directory} has {len(reasons)} checkpoints and none is good; restore one, or move the directory "
-                "away to start afresh:\n  " + "\n  ".join(reasons)
+                "away to start afresh:\n  " + "\n  ".join(str(reason).replace("\n", "\n    ") for reason in reasons),
+                passing=any(reason.passing for reason in reasons),  # one that can be read is enough
             )
         return good
 
@@ -223,16 +224,16 @@ class CheckpointStore:
         if first:
             directory.collect_garbage(step)
 
-    def _first_good(self, steps: Iterable[int]) -> tuple[Path | None, list[str]]:
+    def _first_good(self, steps: Iterable[int]) -> tuple[Path | None, list[CheckpointError]]:
         """The first that can be verified, and what is wrong with those before it."""
-        reasons = []
+        reasons: list[CheckpointError] = []
         for step in steps:
             path = self._directory.path_of(step)
             try:
                 self._verify(path)
             except CheckpointError as error:
                 self._directory.damaged.add(path.name)
-                reasons.append(str(error))
+                reasons.append(error)
                 if self.mesh.rank == 0:
                     logger.warning("passing over a damaged checkpoint: %s", error)
             else:
@@ -243,7 +244,7 @@ class CheckpointStore:
         """Compares all files with the manifest, the work divided over the ranks."""
         what = f"verifying {path}"
         manifest = self._manifest(path, what)
-        self._agree(what, lambda: check_files(path, manifest.files, self.mesh))
+        self._agree(what, lambda: check_files(path, manifest.files, mesh=self.mesh))
         return manifest
 
     def _manifest(self, path: Path, what: str) -> Manifest:

@@ -107,7 +107,8 @@ def write_config(config: Config, *, first_rank: bool) -> None:
             partial.write_text(dump_config(config), encoding="utf-8")
             partial.replace(directory / "config.yaml")
     except OSError as error:
-        raise OSError(f"run.directory {directory} cannot be written: {error}") from error
+        text = f"run.directory {directory} cannot be written: {error.strerror}"
+        raise OSError(error.errno, text) from error  # its number says whether another start may do better
     if not os.access(directory, os.W_OK):
         raise PermissionError(f"run.directory {directory} cannot be written by this user")
 

@@ -30,6 +30,9 @@ __all__ = ["AugmentedSteps", "Loader", "SequentialLoader", "StepsDataset", "Torc
 _PREFETCHED_BATCHES = 4  # Per worker: enough to bridge a slow read, little memory as images are uint8.
 _LOOK_EVERY_SECONDS = 2.0  # Whether a worker died.
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# Python 3.14 would start workers from a server, whose children they then are: the end of the trainer would not be
+# theirs, and the index would be sent to each instead of shared.
+_START_METHOD = "fork" if sys.platform == "linux" else None
 
 
 class Loader(Protocol):
@@ -89,6 +92,7 @@ class WholeBatchLoader:
             prefetch_factor=_PREFETCHED_BATCHES if num_workers else None,
             pin_memory=torch.cuda.is_available(),
             timeout=min(_LOOK_EVERY_SECONDS, timeout_seconds) if num_workers else 0,
+            multiprocessing_context=_START_METHOD if num_workers else None,
         )
 
     def __len__(self) -> int:

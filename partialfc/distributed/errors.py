@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Report", "describe", "is_passing", "join_reports", "named"]
+__all__ = ["Report", "describe", "first_line", "is_passing", "join_reports", "name_hosts", "name_ranks"]
 
-_MOST_NAMED = 20
 _MOST_SHOWN = 10
+_MOST_HOSTS = 3
 # What a file system or a network may say today, and not tomorrow.
 _PASSING = {
     errno.EIO,
@@ -25,7 +25,7 @@ _PASSING = {
     errno.ENETUNREACH,
     errno.ENETDOWN,
     errno.ENOTCONN,
-    errno.EREMOTEIO,
+    getattr(errno, "EREMOTEIO", errno.EIO),  # Linux has it
 }
 
 
@@ -54,6 +54,11 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in _PASSING
 
 
+def first_line(error: BaseException) -> str:
+    """The beginning of `describe`, for where there is little room."""
+    return describe(error).strip().partition("\n")[0]
+
+
 def join_reports(reports: Iterable[Report], *, size: int) -> str:
     """A line for each text, with the ranks that say it; the text alone where all `size` ranks say the same."""
     by_text: dict[str, list[Report]] = {}
@@ -68,11 +73,25 @@ def join_reports(reports: Iterable[Report], *, size: int) -> str:
 def _line(text: str, reports: list[Report], size: int) -> str:
     if len(reports) == size:
         return text
-    ranks = [report.rank for report in reports]
-    return f"rank {ranks[0]} ({reports[0].host}): {text}" if len(ranks) == 1 else f"{named(ranks)}: {text}"
+    ranks, hosts = [report.rank for report in reports], [report.host for report in reports]
+    return f"{name_ranks(ranks)} ({name_hosts(hosts)}): {text}"
 
 
-def named(ranks: Sequence[int]) -> str:
-    """Ranks for a message: "rank 3", or "2 ranks (3, 5)"."""
-    shown = ", ".join(map(str, ranks[:_MOST_NAMED])) + (", ..." if len(ranks) > _MOST_NAMED else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"{len(ranks)} ranks ({shown})"
+def name_ranks(ranks: Iterable[int]) -> str:
+    """Such as "rank 3" or "ranks 0-6, 9"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    shown = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:_MOST_SHOWN]]
+    text = ", ".join(shown) + (", ..." if len(runs) > _MOST_SHOWN else "")
+    return f"rank {text}" if len(runs) == 1 and len(runs[0]) == 1 else f"ranks {text}"
+
+
+def name_hosts(hosts: Iterable[str]) -> str:
+    """Such as "gpu01, gpu02, gpu03 and 5 more"; each once."""
+    names = list(dict.fromkeys(hosts))
+    more = f" and {len(names) - _MOST_HOSTS} more" if len(names) > _MOST_HOSTS else ""
+    return ", ".join(names[:_MOST_HOSTS]) + more

@@ -45,11 +45,11 @@ def process_group(device: str = "auto", *, timeout_seconds: float = 600.0) -> It
     place = launched(os.environ)
     with getting_ready():
         chosen = choose_device(device, place, _num_gpus())
+        if chosen.type == "cuda" and place.address is not None:
+            torch.cuda.set_device(chosen)
     if place.address is None:
         yield ShardMesh.single(), chosen
         return
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     timeout = timedelta(seconds=timeout_seconds)
     store = meet(place, timeout)
     dist.init_process_group(

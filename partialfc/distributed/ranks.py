@@ -13,9 +13,18 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Launched", "launched", "rank_from_environment", "reachable", "slurm_address", "slurm_port"]
+__all__ = [
+    "Launched",
+    "launched",
+    "meeting_host",
+    "rank_from_environment",
+    "reachable",
+    "slurm_address",
+    "slurm_port",
+]
 
 _DEFAULT_PORT = 29500
+_LAST_PORT = 65535
 _SLURM_PORTS = range(20000, 32000)  # below those that systems hand out by themselves
 _SLURM_STEPS = 0xFFFFFFF0  # step numbers from here on are batch scripts and shells, which no srun has started
 
@@ -133,6 +142,17 @@ def reachable(host: str) -> str:
     return host
 
 
+def meeting_host(place: Launched) -> str:
+    """The host of rank 0 as this process can reach it; of a process on its own, this one.
+
+    Raises:
+        ValueError: if it is Slurm's name for a host that nobody knows.
+    """
+    if place.address is None:
+        return socket.gethostname()
+    return reachable(place.address) if place.launcher == "srun" else place.address
+
+
 def _from_torchrun(environment: Mapping[str, str]) -> Launched:
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR") if not environment.get(name)]
     if missing:
@@ -156,7 +176,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> Launched:
         local_rank,
         None if local_size is None else _number("LOCAL_WORLD_SIZE", local_size, 1),
         environment["MASTER_ADDR"],
-        _integer(environment, "MASTER_PORT", 1, default=_DEFAULT_PORT),
+        _port(environment) or _DEFAULT_PORT,
     )
 
 
@@ -185,7 +205,7 @@ def _from_mpirun(environment: Mapping[str, str], kind: str, names: tuple[str, st
             )
         address = "127.0.0.1"
     local_rank = _integer(environment, local_rank_name, 0, default=rank)
-    port = _integer(environment, "MASTER_PORT", 1, default=_DEFAULT_PORT)
+    port = _port(environment) or _DEFAULT_PORT
     return Launched("mpirun", rank, size, local_rank, local_size, address, port)
 
 
@@ -197,7 +217,7 @@ def _from_srun(environment: Mapping[str, str]) -> Launched:
         raise ValueError(f"WORLD_SIZE is {stated}, but srun started {size} tasks (SLURM_NTASKS); unset WORLD_SIZE")
     local_rank = _integer(environment, "SLURM_LOCALID", 0, default=0)
     address = environment.get("MASTER_ADDR") or slurm_address(environment)
-    port = _integer(environment, "MASTER_PORT", 1, default=0) or slurm_port(environment)
+    port = _port(environment) or slurm_port(environment)
     return Launched("srun", rank, size, local_rank, _tasks_of_node(environment), address, port)
 
 
@@ -240,6 +260,13 @@ def _below(environment: Mapping[str, str], name: str, size: int, size_name: str)
     if value >= size:
         raise ValueError(f"{name} is {value}, but must be below {size_name}, which is {size}")
     return value
+
+
+def _port(environment: Mapping[str, str]) -> int | None:
+    port = _integer(environment, "MASTER_PORT", 1, default=0)
+    if port > _LAST_PORT:
+        raise ValueError(f"MASTER_PORT is {port}, but ports end at {_LAST_PORT}")
+    return port or None
 
 
 def _integer(environment: Mapping[str, str], name: str, least: int, *, default: int | None = None) -> int:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from partialfc.assembly import build_backbone_optimizer
-from partialfc.backbones import build_backbone
+from partialfc.assembly import build_backbone_optimizer, configured_backbone
 from partialfc.config import Config
-from partialfc.evaluate import autocast_dtype
+from partialfc.engine import PRECISIONS
 
 __all__ = ["BackboneCost", "count_backbone", "valueless_backbone"]
 
@@ -83,12 +82,7 @@ def valueless_backbone(config: Config) -> nn.Module:
     """
     # Without values there is nothing to initialise: that takes a while, and transformers draw again by looking at them.
     with torch.device("meta"):
-        return build_backbone(
-            config.backbone.name,
-            embedding_dim=config.backbone.embedding_dim,
-            image_size=config.data.image_size,
-            **config.backbone.options,
-        )
+        return configured_backbone(config)
 
 
 def _standing(backbone: nn.Module) -> list[Tensor]:
@@ -106,7 +100,7 @@ def _forward(backbone: nn.Module, num_images: int, config: Config) -> tuple[int,
             kept[id(storage)] = storage
         return tensor
 
-    size, precision = config.data.image_size, autocast_dtype(config)
+    size, precision = config.data.image_size, PRECISIONS[config.training.precision]
     images = torch.empty(num_images, 3, size, size)
     attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop}
     with (

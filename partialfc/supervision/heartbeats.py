@@ -28,7 +28,7 @@ from torch.distributed import TCPStore
 
 from partialfc.distributed.collectives import gather_objects
 from partialfc.distributed.mesh import ShardMesh
-from partialfc.distributed.ranks import launched, reachable
+from partialfc.distributed.ranks import launched, meeting_host
 
 __all__ = ["BEAT_SECONDS", "Beat", "Cause", "Heartbeats", "Place", "Suspicion", "suspects"]
 
@@ -326,10 +326,7 @@ def _key(rank: int) -> str:
 
 def _start_store(mesh: ShardMesh) -> TCPStore:
     # The address at which rank 0 was found for the process group is good for this too; only the port is another.
-    process, timeout = launched(os.environ), timedelta(seconds=60)
-    host = process.address or socket.gethostname()
-    if process.launcher == "srun":
-        host = reachable(host)
+    host, timeout = meeting_host(launched(os.environ)), timedelta(seconds=60)
     store = None
     if mesh.rank == 0:
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)

@@ -16,6 +16,7 @@ import torch
 
 import partialfc
 from partialfc.distributed.collectives import gather_objects, max_over_ranks, sum_over_shards
+from partialfc.distributed.errors import name_hosts, name_ranks
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.supervision.agreement import RankError, agree
 from partialfc.supervision.exit_codes import EXIT_USER_ERROR
@@ -82,7 +83,7 @@ def disagreements(facts: list[dict[str, str]], hosts: list[str]) -> list[str]:
         if len(ranks_of) > 1:
             most = max(len(ranks) for ranks in ranks_of.values())
             values = [
-                f"{value} on {_name_ranks(ranks)}{_name_hosts(ranks, hosts) if len(ranks) < most else ''}"
+                f"{value} on {name_ranks(ranks)}{_at(ranks, hosts) if len(ranks) < most else ''}"
                 for value, ranks in ranks_of.items()
             ]
             lines.append(f"{name}: {', '.join(values)}")
@@ -103,7 +104,7 @@ def clock_warning(clocks: list[float], hosts: list[str]) -> list[str]:
     offsets = [clocks[rank] - middle for rank in far]
     worst = max(offsets, key=abs)
     return [
-        f"the clock of {_name_ranks(far)}{_name_hosts(far, hosts)} is {worst:+.1f} seconds from those of the others; "
+        f"the clock of {name_ranks(far)}{_at(far, hosts)} is {worst:+.1f} seconds from those of the others; "
         "times in logs and files will confuse"
     ]
 
@@ -129,7 +130,8 @@ def _check_directory(mesh: ShardMesh, directory: Path, hosts: list[str]) -> None
         try:
             token.touch()
         except OSError as failure:
-            error = OSError(f"run.directory {directory} cannot be written: {failure}")
+            text = f"run.directory {directory} cannot be written: {failure.strerror}: {place}"
+            error = OSError(failure.errno, text)  # its number says whether another start may do better
     agree(mesh, signal=0, error=error)
     path = gather_objects(token, mesh)[0]
     deadline = time.monotonic() + _SEE_SECONDS
@@ -140,8 +142,8 @@ def _check_directory(mesh: ShardMesh, directory: Path, hosts: list[str]) -> None
         path.unlink(missing_ok=True)
     if blind:
         raise RankError(
-            f"run.directory {directory} is not the same folder on all ranks: {_name_ranks(blind)}"
-            f"{_name_hosts(blind, hosts)} cannot see what rank 0 ({hosts[0]}) writes there; give a folder of a file "
+            f"run.directory {directory} is not the same folder on all ranks: {name_ranks(blind)}"
+            f"{_at(blind, hosts)} cannot see what rank 0 ({hosts[0]}) writes there; give a folder of a file "
             "system that all hosts share",
             EXIT_USER_ERROR,
         )
@@ -157,22 +159,8 @@ def _all_reduce_bytes_per_second(mesh: ShardMesh, device: torch.device) -> float
     return value.numel() * value.element_size() / min(seconds)
 
 
-def _name_ranks(ranks: list[int]) -> str:
-    """Such as "ranks 0-6, 9"."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
-
-
-def _name_hosts(ranks: list[int], hosts: list[str]) -> str:
-    names = list(dict.fromkeys(hosts[rank] for rank in ranks))
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f" ({', '.join(names[:3])}{more})"
+def _at(ranks: list[int], hosts: list[str]) -> str:
+    return f" ({name_hosts(hosts[rank] for rank in ranks)})"
 
 
 def _count(number: int, noun: str) -> str:

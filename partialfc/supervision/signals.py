@@ -21,7 +21,9 @@ from typing import Any
 from partialfc.distributed.ranks import launched
 from partialfc.supervision.exit_codes import EXIT_RETRY, EXIT_STOPPED, leave_at_once, say
 
-__all__ = ["STOP_SIGNALS", "StopSignals"]
+__all__ = ["AGENT", "STOP_SIGNALS", "StopSignals"]
+
+AGENT = "PARTIALFC_AGENT"  # the environment variable with the process number of launch/agent.py
 
 # Not SIGUSR1, which NCCL may use for itself.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -60,7 +62,7 @@ class StopSignals:
         self._deadline = float("inf")
         self._interrupted_at: float | None = None
         self._lock = threading.Lock()
-        self._launcher = os.getppid() if _has_launcher() else None
+        self._launcher = _launcher()
 
     def __enter__(self) -> StopSignals:
         global _heard_here
@@ -141,11 +143,14 @@ class StopSignals:
         leave_at_once(EXIT_STOPPED)
 
 
-def _has_launcher() -> bool:
-    """Whether the parent is one that outlives this process unless it dies; a shell may have left it on purpose."""
+def _launcher() -> int | None:
+    """The parent, if it is one that outlives this process unless it dies; a shell may have left it on purpose."""
+    if AGENT in os.environ:  # the parent of this moment is another if the agent has died in the moments before
+        return int(os.environ[AGENT])
     with suppress(ValueError):
-        return "TORCHELASTIC_RUN_ID" in os.environ or launched(os.environ).launcher in ("srun", "mpirun")
-    return False
+        if "TORCHELASTIC_RUN_ID" in os.environ or launched(os.environ).launcher in ("srun", "mpirun"):
+            return os.getppid()
+    return None
 
 
 _LEFT_TO_PARENT_SECONDS = 60

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from partialfc.distributed.collectives import max_over_ranks
-from partialfc.distributed.errors import describe
+from partialfc.distributed.errors import first_line
 from partialfc.distributed.mesh import ShardMesh
-from partialfc.supervision.agreement import StoppedError, SupervisionError, agree
+from partialfc.supervision.agreement import StoppedError, agree
 from partialfc.supervision.preflight import preflight
 from partialfc.supervision.signals import StopSignals
 from partialfc.supervision.watchdog import Watchdog
@@ -78,8 +78,8 @@ class Supervisor:
     ) -> None:
         if error is not None and not _agreed(error):
             if _is_of_communication(error):
-                self._watchdog.communication_failed(_first_line(error))
-            self._watchdog.tell_others(_first_line(error))
+                self._watchdog.communication_failed(first_line(error))
+            self._watchdog.tell_others(first_line(error))
         self._watchdog.close()
         if error is None or _agreed(error):
             # The first rank has the store of heartbeats: it stays until no other writes there.
@@ -144,7 +144,7 @@ class Supervisor:
 
 
 def _agreed(error: BaseException) -> bool:
-    return isinstance(error, SupervisionError) and error.agreed
+    return bool(getattr(error, "agreed", False))
 
 
 def _is_of_communication(error: BaseException) -> bool:
@@ -154,7 +154,3 @@ def _is_of_communication(error: BaseException) -> bool:
         return False
     text = str(error)
     return any(word in text for word in _OF_COMMUNICATION)
-
-
-def _first_line(error: BaseException) -> str:
-    return describe(error).partition("\n")[0]

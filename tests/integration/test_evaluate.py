@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from small_run import make_faces, write_config
-from support import run_distributed
+from small_run import make_faces, steps_of, write_config
+from support import run_distributed, running_ranks
 
+from partialfc.checkpoint import CheckpointStore
 from partialfc.checkpoint.directory import CheckpointDirectory
 from partialfc.cli import main
 from partialfc.config import load_config
 from partialfc.data import synthesize
 from partialfc.distributed.mesh import ShardMesh
-from partialfc.evaluate import evaluate_run, load_backbone, open_verification, verify_backbone
+from partialfc.evaluate import evaluate_run, load_backbone, verify_backbone
+from partialfc.feeding import open_verification
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +96,46 @@ def test_an_override_that_cannot_be_is_one_message(
 
 def test_a_run_may_have_been_moved(run: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
-    moved.symlink_to(run)
-    assert evaluate_run(moved, ["evaluation.num_pairs=40"])[0] == 4
+    shutil.copytree(run, moved)
+    shutil.rmtree(moved / "checkpoints" / "step-00000004")
+    assert evaluate_run(moved, ["evaluation.num_pairs=40"])[0] == 2
+    assert steps_of(run) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("evaluation.num_pars=40", "evaluation.num_pars: unknown key; did you mean 'num_pairs'?"),
+        ("data.directory={tmp_path}/only_train", "FileNotFoundError: {tmp_path}/only_train has no verification split:"),
+    ],
+)
+def test_what_is_wrong_on_one_rank_ends_all_with_one_message(
+    run: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    (tmp_path / "only_train" / "train").mkdir(parents=True)
+    right = [sys.executable, "-m", "partialfc.cli", "evaluate", str(run)]
+    with running_ranks(tmp_path, [right, [*right, override.format(tmp_path=tmp_path)]]) as ranks:
+        assert ranks.ended() == [2, 2]
+    said = ranks.errors(0) + ranks.errors(1)
+    assert said.count("error: ") == 1
+    assert "partialfc: error: rank 1 (" in ranks.errors(0)
+    assert message.format(tmp_path=tmp_path) in said
+
+
+def test_a_checkpoint_may_be_removed_while_it_is_read(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a run that goes on does."""
+    going_on = tmp_path / "going on"
+    shutil.copytree(run, going_on)
+    load = CheckpointStore.load
+
+    def load_late(store: CheckpointStore, path: Path, state: dict[str, Any]) -> dict[str, Any]:
+        shutil.rmtree(going_on / "checkpoints" / "step-00000004", ignore_errors=True)
+        return load(store, path, state)
+
+    monkeypatch.setattr(CheckpointStore, "load", load_late)
+    assert evaluate_run(going_on, ["evaluation.num_pairs=40"])[0] == 2
 
 
 def _evaluate_while_saving(rank: int, _: int, run: Path) -> None:

@@ -72,6 +72,12 @@ class Runner:
         path = self.directory / run / "metrics.jsonl"
         return [line["loss"] for line in read_metrics(path) if "loss" in line] if path.exists() else []
 
+    def wait_for_losses(self, number: int, run: str = "run") -> None:
+        start = time.monotonic()
+        while len(self.losses(run)) < number:
+            assert time.monotonic() < start + SECONDS
+            time.sleep(0.1)
+
 
 def end(process: subprocess.Popen[str], *, code: int = 0) -> str:
     """The output of a process that must end with `code`."""
@@ -102,10 +108,7 @@ def test_every_command_of_the_page_is_run_by_a_test() -> None:
 def test_one_machine_stopped_and_started_again(runner: Runner) -> None:
     command = documented("one-machine", {"data.directory=/data/ms1mv3": f"data.directory={runner.faces}"})
     process = runner.start(command, "training.epochs=1000")
-    start = time.monotonic()
-    while len(runner.losses("runs/ms1mv3")) < 10:
-        assert time.monotonic() < start + SECONDS
-        time.sleep(0.1)
+    runner.wait_for_losses(10, "runs/ms1mv3")
     process.send_signal(signal.SIGTERM)
     output = end(process, code=85)
     (step,) = re.findall(r"told to stop by SIGTERM; saved after step (\d+)", output)
@@ -118,6 +121,26 @@ def test_one_machine_stopped_and_started_again(runner: Runner) -> None:
     assert "good" in output
     assert np.load(runner.directory / "centers.npy").shape == (24, 16)
     assert list((runner.directory / "resharded").glob("step-*/__7_0.distcp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT])
+def test_a_run_is_saved_when_the_session_ends(runner: Runner, number: signal.Signals) -> None:
+    process = runner.start("launch/torchrun.sh configs/quickstart.yaml\n", "training.epochs=1000")
+    runner.wait_for_losses(1)
+    process.send_signal(number)
+    assert "told to stop by SIGTERM; saved after step" in end(process, code=85)
+
+
+def test_a_run_under_nohup_outlives_the_session(runner: Runner) -> None:
+    steps = 120
+    # nohup itself would send the output to a file.
+    command = "trap '' HUP; exec launch/torchrun.sh configs/quickstart.yaml\n"
+    process = runner.start(command, f"training.epochs={steps / 6}")
+    runner.wait_for_losses(1)
+    process.send_signal(signal.SIGHUP)
+    assert len(runner.losses()) < steps
+    assert "told to stop" not in end(process)
+    assert len(runner.losses()) == steps
 
 
 def test_two_machines(runner: Runner) -> None:

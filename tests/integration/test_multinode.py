@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ class Machines:
             "NNODES": nnodes, "NODE_RANK": str(number - 1), "MASTER_ADDR": self.network.address(1),
             "LOCAL_ADDR": self.network.address(number), "GLOO_SOCKET_IFNAME": "eth0", **variables,
         }  # fmt: skip
-        with self._log_path(number).open("ab") as log:
+        with self.log_path(number).open("ab") as log:
             self.processes[number] = subprocess.Popen(
                 ["ip", "netns", "exec", self.network.machine(number), "unshare", "--uts", "bash", "-c",
                  f'hostname machine{number}; exec "$0" "$@"', str(ROOT / "launch" / "torchrun.sh"), str(self.config)],
@@ -124,10 +125,10 @@ class Machines:
             )  # fmt: skip
 
     def log(self, number: int) -> str:
-        path = self._log_path(number)
+        path = self.log_path(number)
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def _log_path(self, number: int) -> Path:
+    def log_path(self, number: int) -> Path:
         return self.directory / f"{self.run.name}-{number}.log"
 
     def losses(self) -> list[float]:
@@ -158,7 +159,8 @@ class Machines:
         name = self.network.machine(number)
         found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True)
         for pid in found.stdout.split():
-            os.kill(int(pid), signal.SIGKILL)
+            with suppress(ProcessLookupError):  # one whose parent was killed just before may end by itself
+                os.kill(int(pid), signal.SIGKILL)
         self.processes[number].wait()
 
     def end(self) -> None:
@@ -179,9 +181,11 @@ def _assert_as_alone(machines: Machines) -> None:
     losses = machines.losses()
     alone = Machines(machines.network, machines.directory, machines.faces, name="alone")
     command = [sys.executable, "-m", "partialfc.cli", "train", str(alone.config)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with alone.log_path(1).open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        alone.wait_for_step(len(losses))
+        alone.wait_for(lambda: len(alone.losses()) >= len(losses) or process.poll() is not None)
+        assert process.poll() is None, alone.log(1)
     finally:
         process.kill()
         process.wait()

@@ -7,9 +7,8 @@ import fcntl
 import json
 import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,6 +61,35 @@ class Holder:
         self.kill()
 
 
+class Clock:
+    """The time of a lock that waits: it goes on with each look, and at once.
+
+    Attributes:
+        looks: how often the lock was not free.
+        on_look: called with their number.
+    """
+
+    def __init__(self) -> None:
+        self.looks, self._now = 0, 1000.0
+        self.on_look: Callable[[int], None] = lambda looks: None
+
+    def monotonic(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds
+        self.looks += 1
+        self.on_look(self.looks)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("partialfc.checkpoint.lock.time", clock)
+    monkeypatch.setattr("partialfc.checkpoint.lock._POLL_SECONDS", 0.25)
+    return clock
+
+
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[Holder]:
     holder = Holder(tmp_path / "run", SLURM_JOB_ID="4711")
@@ -69,12 +97,11 @@ def holder(tmp_path: Path) -> Iterator[Holder]:
     holder.end()
 
 
-def test_a_second_job_is_told_who_has_the_run(tmp_path: Path, holder: Holder) -> None:
+def test_a_second_job_is_told_who_has_the_run(tmp_path: Path, holder: Holder, clock: Clock) -> None:
     content = (tmp_path / "run" / "lock").read_bytes()
-    started = time.monotonic()
     with pytest.raises(RunLockedError) as caught:
         lock(tmp_path / "run", wait_seconds=0.5).acquire()
-    assert 0.5 <= time.monotonic() - started < 10
+    assert clock.looks == 2
     host, since = os.uname().nodename, json.loads(content)["since"]
     assert str(caught.value) == (
         f"{tmp_path / 'run'} is in use by process {holder.pid} on {host} (Slurm job 4711), since {since}; stop "
@@ -102,14 +129,13 @@ def test_the_end_of_a_child_does_not_free_it(tmp_path: Path, holder: Holder) -> 
         lock(tmp_path / "run").acquire()
 
 
-def test_a_job_that_is_ending_is_waited_for(tmp_path: Path, holder: Holder, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_job_that_is_ending_is_waited_for(
+    tmp_path: Path, holder: Holder, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
-    killer = threading.Timer(0.5, holder.kill)
-    killer.start()
-    started = time.monotonic()
+    clock.on_look = lambda looks: holder.kill() if looks == 3 else None
     with lock(tmp_path / "run", wait_seconds=60):
-        assert 0.4 < time.monotonic() - started < 30
-    killer.join()
+        assert clock.looks == 3
     assert caplog.text.count("waiting up to 60 s for process") == 1
 
 
@@ -155,18 +181,19 @@ def test_a_file_system_without_locks(
 
 @pytest.mark.parametrize("own", ["run 7", "run 8"])
 def test_an_earlier_start_of_the_same_job_is_told_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock, caplog: pytest.LogCaptureFixture, own: str
 ) -> None:
     """On a machine that is gone, its lock stays for a while: then another start may help."""
-    monkeypatch.setattr("partialfc.checkpoint.lock._PREDECESSOR_SECONDS", 0.5)
+    caplog.set_level("INFO")
+    same, limit = own == "run 7", 135 if own == "run 7" else 15
     holder = Holder(tmp_path, TORCHELASTIC_RUN_ID="run 7")
     try:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", own)
-        began = time.monotonic()
         with pytest.raises(RunLockedError) as refused:
-            lock(tmp_path).acquire()
-        assert refused.value.by_same_job == (own == "run 7")
-        assert (time.monotonic() - began >= 0.5) == (own == "run 7")
+            lock(tmp_path, wait_seconds=15).acquire()
+        assert refused.value.by_same_job == same
+        assert clock.looks == limit * 4
+        assert f"waiting up to {limit} s for process {holder.pid} on" in caplog.text
     finally:
         holder.kill()
         holder.end()

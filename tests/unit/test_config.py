@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from partialfc.config import CENTER_OPTIMIZERS, Config, dump_config, json_schema, load_config
+from partialfc.config import CENTER_OPTIMIZERS, Config, dump_config, json_schema, load_config, write_config
 from partialfc.head import CenterAdamW, CenterSGD, VariationalPrototypes
 from partialfc.margins import AUXILIARIES, MARGINS, ArcFace, CenterLoss, CosFace, MagFace
 from partialfc.optim import SCHEDULES, Cosine, Polynomial
+from partialfc.supervision.agreement import exit_code_of
+from partialfc.supervision.exit_codes import EXIT_RETRY, EXIT_USER_ERROR
 
 MINIMAL = """\
 run: {directory: runs/one}
@@ -368,3 +372,17 @@ def test_a_key_that_comes_twice_is_an_error(tmp_path):
     path.write_text("run: {directory: a}\nrun: {directory: b}\n")
     with pytest.raises(ValueError, match="the key 'run' comes twice"):
         load_config(path)
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, EXIT_RETRY), (errno.EROFS, EXIT_USER_ERROR)])
+def test_a_full_disk_may_have_room_at_the_next_start(tmp_path, monkeypatch, number, code):
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    config = load_config(QUICKSTART, [f"run.directory={tmp_path}"])
+    monkeypatch.setattr(Path, "write_text", fails)
+    with pytest.raises(OSError, match="cannot be written") as caught:
+        write_config(config, first_rank=True)
+    told = f"run.directory {tmp_path} cannot be written: {os.strerror(number)}"
+    assert str(caught.value) == f"[Errno {number}] {told}"
+    assert exit_code_of(caught.value) == code

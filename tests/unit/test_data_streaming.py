@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from partialfc.data import shard_stream
 from partialfc.data.augment import Augmentation
 from partialfc.data.decode import decode_image
 from partialfc.data.errors import DataError
@@ -337,6 +338,7 @@ class Server(BaseHTTPRequestHandler):
     failures = 0
     breaks: tuple[float, ...] = ()  # The share of the file after which each answer breaks off.
     requests = 0
+    taken = 0  # Bytes of the present answer that the reader has.
 
     def do_GET(self):
         kind = type(self)
@@ -351,9 +353,13 @@ class Server(BaseHTTPRequestHandler):
         self.end_headers()
         if kind.breaks:
             share, *kind.breaks = kind.breaks
-            self.wfile.write(data[: int(len(data) * share)])
+            sent = data[: int(len(data) * share)]
+            self.wfile.write(sent)
             self.wfile.flush()
-            time.sleep(0.1)  # What was sent is read before the end is seen.
+            # At the end of a connection the client drops what nobody has read yet.
+            deadline = time.monotonic() + 20
+            while kind.taken < len(sent) and time.monotonic() < deadline:
+                time.sleep(0.005)
             self.connection.close()
             return
         self.wfile.write(data)
@@ -366,11 +372,29 @@ class Server(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def remote(tmp_path, index):
+def remote(tmp_path, index, monkeypatch):
     """A split whose tars lie on a server that has no range reads."""
     pytest.importorskip("aiohttp")
     tars = [good_tar(index, range(0, 20)), good_tar(index, range(20, 30))]
     handler = type("OneServer", (Server,), {"files": {f"/{n}.tar": data for n, data in enumerate(tars)}})
+    open_shard = shard_stream._open
+
+    def watched(path, timeout_seconds):
+        handler.taken = 0
+        stream = open_shard(path, timeout_seconds)
+        read = stream.read
+
+        def noted(size=-1):
+            data = read(size)
+            handler.taken += len(data)
+            return data
+
+        stream.read = noted
+        return stream
+
+    monkeypatch.setattr(
+        shard_stream, "_open", lambda path, limit: watched(path, limit) if "://" in path else open_shard(path, limit)
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -98,6 +98,8 @@ def test_ranks_of_each_launcher(environment: dict[str, str], expected: Launched)
         ({**TORCHRUN, "RANK": "8"}, "RANK is 8, but must be below WORLD_SIZE, which is 8"),
         ({**TORCHRUN, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"),
         ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT is 99999, but ports end at 65535"),
+        ({**SRUN, "MASTER_PORT": "65536"}, "MASTER_PORT is 65536"),
         # Exported in the batch script, and so 0 in every task.
         (
             {**SRUN, "RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu03"},

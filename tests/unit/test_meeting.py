@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from support import free_port
+from torch.distributed import TCPStore
 
 from partialfc.distributed.errors import Report, join_reports
+from partialfc.distributed.meeting import RendezvousError, _Roll, meet, tell
+from partialfc.distributed.ranks import Launched
 
 MEETING = """
 import os, sys
@@ -20,6 +27,13 @@ from partialfc.distributed.launch import process_group
 
 timeout, trouble = float(sys.argv[1]), sys.argv[2]
 meeting._TELL_SECONDS = timeout
+
+def wait(text):
+    os.write(1, f"{text}\\n".encode())
+    sys.stdin.readline()
+
+if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+    wait("imported")
 try:
     with meeting.getting_ready():
         exec(trouble)
@@ -32,15 +46,32 @@ except ValueError as error:
 """
 
 
-def _start(rank: int, size: int, port: int, timeout: float, trouble: str = "") -> subprocess.Popen[str]:
-    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+def _start(rank: int, size: int, port: int, timeout: float, trouble: str = "", **more: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, **more, "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEETING, str(timeout), trouble]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def _when(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == f"{text}\n"
+
+
+def _go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
 
 
 def _outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What they say, once they all have imported torch and go on: their limits of time are of meeting alone."""
     try:
+        for process in processes:
+            _when(process, "imported")
+        for process in processes:
+            _go_on(process)
         return [process.communicate(timeout=60)[0] for process in processes]
     finally:
         for process in processes:
@@ -51,9 +82,9 @@ def test_ranks_that_never_come_are_named() -> None:
     port = free_port()
     told = _outputs([_start(rank, 4, port, 4) for rank in (0, 2)])
     assert "rank 0 of 4 (host" in told[0]
-    assert "waited 4 s for 2 ranks (1, 3), which never came" in told[0]
+    assert "waited 4 s for ranks 1, 3, which never came" in told[0]
     # The store goes with rank 0, which may give up first.
-    assert "2 ranks (1, 3)" in told[1] or "lost rank 0 at the start" in told[1]
+    assert "ranks 1, 3" in told[1] or "lost rank 0 at the start" in told[1]
 
 
 def test_without_rank_0_its_address_is_named() -> None:
@@ -97,45 +128,124 @@ HOST = socket.gethostname()
 MISTAKE = "raise ValueError('head.margin: unknown')"
 
 
-@pytest.mark.parametrize("culprit", [0, 2])
-def test_a_rank_that_cannot_start_is_heard_by_all(culprit: int) -> None:
+def test_a_process_that_cannot_start_is_heard_by_all() -> None:
     """Also rank 0, at which the others look for the store. They would wait for ten minutes otherwise."""
     port = free_port()
-    told = _outputs([_start(rank, 3, port, 600, MISTAKE if rank == culprit else "") for rank in range(3)])
-    assert told == [f"True True rank {culprit} ({HOST}): head.margin: unknown\n"] * 3
-
-
-def test_what_all_say_is_said_once() -> None:
-    port = free_port()
-    assert (
-        _outputs([_start(rank, 2, port, 600, MISTAKE) for rank in range(2)]) == ["True True head.margin: unknown\n"] * 2
-    )
-
-
-def test_another_start_may_end_better_after_what_a_file_system_says_today() -> None:
-    port = free_port()
-    trouble = "import errno; raise OSError(errno.ESTALE, 'Stale file handle', 'small.yaml')"
-    told = _outputs([_start(0, 2, port, 600, trouble), _start(1, 2, port, 600)])
-    assert told == [f"False True rank 0 ({HOST}): OSError: [Errno 116] Stale file handle: 'small.yaml'\n"] * 2
-
-
-def test_a_rank_that_cannot_start_does_not_wait_for_one_that_never_comes() -> None:
-    port = free_port()
-    told = _outputs([_start(0, 3, port, 600), _start(1, 3, port, 3, MISTAKE)])
-    assert told == [f"True False rank 1 ({HOST}): head.margin: unknown\n"] * 2
-
-
-def test_a_rank_that_finds_nobody_says_its_own_error() -> None:
-    assert _outputs([_start(1, 2, free_port(), 2, MISTAKE)]) == ["head.margin: unknown\n"]
+    told = _outputs([_start(0, 3, port, 600, MISTAKE), *(_start(rank, 3, port, 600) for rank in (1, 2))])
+    assert told == [f"True True rank 0 ({HOST}): head.margin: unknown\n"] * 3
 
 
 def test_a_process_on_its_own_has_its_own_error() -> None:
     assert _outputs([_start(0, 1, free_port(), 600, MISTAKE)]) == ["head.margin: unknown\n"]
 
 
+class Meeting:
+    """Ranks that are threads."""
+
+    def __init__(self, size: int) -> None:
+        port = free_port()
+        self.places = [Launched("torchrun", rank, size, rank, size, "127.0.0.1", port) for rank in range(size)]
+        self.pool = ThreadPoolExecutor(size)
+
+    def come(self, rank: int, *, seconds: float = 60.0) -> Future[RendezvousError | None]:
+        """Gives what `meet` raises."""
+
+        def come() -> RendezvousError | None:
+            try:
+                meet(self.places[rank], timedelta(seconds=seconds))
+            except RendezvousError as error:
+                return error
+            return None
+
+        return self.pool.submit(come)
+
+    def tell(self, rank: int, error: Exception, *, seconds: float = 60.0) -> Future[RendezvousError | None]:
+        return self.pool.submit(lambda: tell(self.places[rank], error, timeout_seconds=seconds))
+
+
+def _said(*futures: Future[RendezvousError | None]) -> set[tuple[bool, bool, str]]:
+    errors = [future.result(60) for future in futures]
+    return {(error.lasting, error.agreed, str(error)) for error in errors if error is not None}
+
+
+UNKNOWN = ValueError("head.margin: unknown")
+
+
+def test_what_all_say_is_said_once() -> None:
+    meeting = Meeting(3)
+    assert _said(*(meeting.tell(rank, UNKNOWN) for rank in range(3))) == {(True, True, "head.margin: unknown")}
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            OSError(errno.ESTALE, "Stale file handle", "small.yaml"),
+            "OSError: [Errno 116] Stale file handle: 'small.yaml'",
+        ),
+        (RuntimeError("CUDA error: busy"), "RuntimeError: CUDA error: busy"),
+    ],
+)
+def test_another_start_may_end_better(error: Exception, text: str) -> None:
+    meeting = Meeting(2)
+    assert _said(meeting.tell(0, error), meeting.come(1)) == {(False, True, f"rank 0 ({HOST}): {text}")}
+
+
+def test_all_stay_until_the_last_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher ends all when it sees one end, and nobody would say why."""
+    meeting, late, go_on = Meeting(3), threading.Event(), threading.Event()
+    read = _Roll._refusal
+
+    def read_late(roll: _Roll) -> RendezvousError:
+        if roll._place.rank == 2:
+            late.set()
+            go_on.wait(60)
+        return read(roll)
+
+    monkeypatch.setattr(_Roll, "_refusal", read_late)
+    ranks = [meeting.tell(0, UNKNOWN), meeting.come(1), meeting.come(2)]
+    assert late.wait(60)
+    assert wait(ranks, timeout=1).done == set()
+    go_on.set()
+    assert _said(*ranks) == {(True, True, f"rank 0 ({HOST}): head.margin: unknown")}
+
+
+@pytest.fixture
+def agent(monkeypatch: pytest.MonkeyPatch) -> tuple[Meeting, TCPStore]:
+    """Ranks whose store is that of an agent, and is kept for all starts."""
+    meeting = Meeting(2)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return meeting, TCPStore("127.0.0.1", meeting.places[0].port, is_master=True, wait_for_workers=False)
+
+
+def test_what_was_said_at_an_earlier_start_does_not_count(agent: tuple[Meeting, TCPStore]) -> None:
+    meeting, _ = agent
+    assert len(_said(meeting.tell(0, UNKNOWN), meeting.come(1))) == 1
+    assert _said(meeting.come(0), meeting.come(1)) == set()
+    with pytest.raises(TimeoutError):
+        meeting.come(1, seconds=2).result(1)  # it does not take rank 0 for here that was here at the last start
+
+
+def test_a_store_with_marks_of_an_earlier_start_is_told_apart(agent: tuple[Meeting, TCPStore]) -> None:
+    meeting, store = agent
+    store.add("meeting 0/cannot come", 1)
+    errors = [rank.result(60) for rank in [meeting.come(0), meeting.come(1)]]
+    assert all("finds marks of an earlier start in the store of torchrun" in str(error) for error in errors)
+
+
+def test_a_rank_that_cannot_start_does_not_wait_for_one_that_never_comes() -> None:
+    meeting = Meeting(3)
+    ranks = [meeting.come(0), meeting.tell(1, UNKNOWN, seconds=1)]
+    assert _said(*ranks) == {(True, False, f"rank 1 ({HOST}): head.margin: unknown")}
+
+
+def test_who_finds_nobody_tells_nobody() -> None:
+    assert Meeting(2).tell(1, UNKNOWN, seconds=1).result(60) is None
+
+
 def test_reports_of_ranks_are_joined_by_what_they_say() -> None:
     reports = [Report(rank, f"node{rank // 2}", "no room" if rank != 2 else "no data") for rank in range(4)]
-    assert join_reports(reports, size=4) == "3 ranks (0, 1, 3): no room\nrank 2 (node1): no data"
+    assert join_reports(reports, size=4) == "ranks 0-1, 3 (node0, node1): no room\nrank 2 (node1): no data"
     assert join_reports(reports[:1], size=1) == "no room"
     many = [Report(rank, "node", f"error {rank}") for rank in range(12)]
     assert join_reports(many, size=12).splitlines()[9:] == ["rank 9 (node): error 9", "and 2 more messages"]

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from partialfc.supervision.exit_codes import EXIT_RETRY, EXIT_STOPPED
+from partialfc.supervision.signals import AGENT
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost"}
 PRELUDE = """
@@ -147,10 +148,19 @@ with StopSignals() as signals:
 
 
 def test_a_second_interrupt_leaves_but_one_keystroke_heard_twice_does_not():
-    body = "with StopSignals(grace_seconds=60) as signals:\n with signals.deferred():\n  say('ready'); time.sleep(60)"
+    body = """
+with StopSignals(grace_seconds=60) as signals:
+    with signals.deferred():
+        say("ready")
+        while not signals.received:
+            time.sleep(0.01)
+        say("heard")
+        time.sleep(60)
+"""
     with _running(body) as process:
         process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "heard\n"
         process.send_signal(signal.SIGINT)
         time.sleep(2.2)
         assert process.poll() is None
@@ -164,14 +174,20 @@ def test_what_a_forked_worker_hears_is_not_taken_for_its_parents():
     body = """
 with StopSignals(grace_seconds=60) as signals:
     with signals.deferred():
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(writer, b"forked")
+            while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+                time.sleep(0.01)
+            os.write(writer, b"heard")
             time.sleep(60)
             os._exit(0)
-        time.sleep(0.2)
+        assert os.read(reader, 10) == b"forked"
         for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):
             os.kill(child, number)
-            time.sleep(0.1)
+        assert os.read(reader, 10) == b"heard"
+        time.sleep(0.2)
         say("ready")
         assert os.waitpid(child, os.WNOHANG) == (0, 0)  # it leaves the first of each to its parent
         os.kill(child, signal.SIGTERM)
@@ -206,8 +222,8 @@ with StopSignals() as signals:
 def _runs(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -232,7 +248,13 @@ time.sleep(60)
         errors = launcher.stderr.read()  # ends when the child has closed it too
     assert f"(rank 3): the launcher (pid {launcher.pid}) is gone" in errors
     assert time.monotonic() - started < 10
-    assert EXIT_RETRY == 75
+
+
+def test_a_process_whose_agent_died_while_python_started_leaves():
+    with subprocess.Popen(["true"]) as dead:
+        pass
+    with _running("with StopSignals() as signals:\n say('ready'); time.sleep(60)", **{AGENT: str(dead.pid)}) as process:
+        assert process.wait(10) == EXIT_RETRY
 
 
 def test_handlers_are_put_back():

@@ -76,7 +76,7 @@ def tell(place: Launched, error: Exception, *, timeout_seconds: float = _TELL_SE
     deadline = _Deadline(timeout_seconds)
     deadline.notice = f"cannot start: {describe(error)}; waiting up to {timeout_seconds:g} s to tell the others"
     try:
-        roll = _Roll(_open_store(place, deadline), place)
+        roll = _Roll(place, deadline)
     except (RendezvousError, ValueError):
         return None
     return roll.cannot_come(error, deadline)
@@ -89,7 +89,7 @@ def meet(place: Launched, timeout: timedelta) -> Store:
         RendezvousError: if not all come in time, or some cannot start; it names them.
     """
     deadline = _Deadline(timeout.total_seconds())
-    roll = _Roll(_open_store(place, deadline), place)
+    roll = _Roll(place, deadline)
     roll.call(deadline)
     return roll.store
 
@@ -181,9 +181,13 @@ class _Roll:
         store: of this meeting. The agent of torchrun may keep what is around it for a later start, which has another.
     """
 
-    def __init__(self, store: Store, place: Launched) -> None:
-        self._place, self._all_meetings = place, store
-        self.store = PrefixStore(f"meeting {store.add('meetings', 0)}", store)
+    def __init__(self, place: Launched, deadline: _Deadline) -> None:
+        self._place, self._all_meetings = place, _open_store(place, deadline)
+        try:
+            number = self._all_meetings.add("meetings", 0)
+        except dist.DistNetworkError as error:
+            raise self._lost(error) from error
+        self.store = PrefixStore(f"meeting {number}", self._all_meetings)
 
     def call(self, deadline: _Deadline) -> None:
         """Waits for all.
@@ -204,9 +208,7 @@ class _Roll:
             if self.store.add("through", 1) >= self._place.world_size:
                 self._all_meetings.add("meetings", 1)
         except dist.DistNetworkError as error:
-            raise RendezvousError(
-                f"{_own(self._place)} lost rank 0 at the start, which died or gave up: {first_line(error)}"
-            ) from error
+            raise self._lost(error) from error
 
     def cannot_come(self, error: Exception, deadline: _Deadline) -> RendezvousError:
         """Tells the others why; what they are going to raise too, after all have come or the deadline is over."""
@@ -253,8 +255,14 @@ class _Roll:
         with suppress(dist.DistStoreError, dist.DistNetworkError):
             if self.store.add("read", 1) >= number:
                 self.store.set("all read", "")
-                self._all_meetings.add("meetings", 1)
+                if number == self._place.world_size:  # else those to come shall still hear of it
+                    self._all_meetings.add("meetings", 1)
             self.store.wait(["all read"], timedelta(seconds=_READ_SECONDS))
+
+    def _lost(self, error: Exception) -> RendezvousError:
+        return RendezvousError(
+            f"{_own(self._place)} lost rank 0 at the start, which died or gave up: {first_line(error)}"
+        )
 
 
 def _own(place: Launched) -> str:

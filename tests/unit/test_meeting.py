@@ -226,6 +226,14 @@ def test_what_was_said_at_an_earlier_start_does_not_count(agent: tuple[Meeting, 
         meeting.come(1, seconds=2).result(1)  # it does not take rank 0 for here that was here at the last start
 
 
+def test_who_comes_after_the_others_have_given_up_hears_why(agent: tuple[Meeting, TCPStore]) -> None:
+    meeting, _ = agent
+    alone = (True, False, f"rank 0 ({HOST}): head.margin: unknown")
+    assert _said(meeting.tell(0, UNKNOWN, seconds=1)) == {alone}
+    ((_, _, text),) = _said(meeting.come(1))
+    assert text == alone[2]
+
+
 def test_a_store_with_marks_of_an_earlier_start_is_told_apart(agent: tuple[Meeting, TCPStore]) -> None:
     meeting, store = agent
     store.add("meeting 0/cannot come", 1)

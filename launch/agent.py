@@ -55,7 +55,8 @@ def main(arguments: list[str]) -> int:
             _say(f"{failed}\nfailed in spite of all restarts; start again to try from the last checkpoint")
             return code if code > 0 else EXIT_RETRY
         except RendezvousError as error:
-            _say(f"the machines did not meet: {type(error).__name__}: {error}")
+            why = str(error) or "not all have come within JOIN_SECONDS"
+            _say(f"the machines did not meet: {type(error).__name__}: {why}")
             return EXIT_RETRY
         return EXIT_USER_ERROR if final.exists() else EXIT_OK
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from agent import FINAL
 
 from partialfc.cli import main as partialfc
-from partialfc.supervision.exit_codes import EXIT_OK, EXIT_USER_ERROR
+from partialfc.supervision.exit_codes import EXIT_OK, EXIT_USER_ERROR, leave
 
 
 def main(arguments: list[str]) -> int:
@@ -31,4 +31,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

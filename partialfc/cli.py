@@ -9,14 +9,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 from partialfc.checkpoint_commands import add_checkpoint_commands
 from partialfc.data_commands import add_data_commands
 from partialfc.distributed.ranks import rank_from_environment
-from partialfc.supervision.exit_codes import EXIT_OK, EXIT_RETRY, EXIT_USER_ERROR
+from partialfc.supervision.exit_codes import EXIT_OK, EXIT_RETRY, EXIT_USER_ERROR, leave
 from partialfc.supervision.signals import StopSignals
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before torch is imported, which takes seconds.
     with StopSignals() if options.command == _train else nullcontext() as signals:
         return _run(options, signals)
+
+
+def run() -> NoReturn:
+    """The `partialfc` command."""
+    leave(main())
 
 
 def _run(options: argparse.Namespace, signals: StopSignals | None) -> int:
@@ -175,4 +181,4 @@ def _add_plan_command(plan: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import NoReturn
 
 from partialfc.distributed.ranks import launched
 
-__all__ = ["EXIT_OK", "EXIT_RETRY", "EXIT_STOPPED", "EXIT_USER_ERROR", "leave_at_once", "say"]
+__all__ = ["EXIT_OK", "EXIT_RETRY", "EXIT_STOPPED", "EXIT_USER_ERROR", "leave", "leave_at_once", "say"]
 
 EXIT_OK = 0
 EXIT_USER_ERROR = 2  # A start with the same configuration and data would end the same way.
@@ -35,6 +36,23 @@ def say(message: str, *, stacks: bool = False) -> None:
     os.write(_STANDARD_ERROR, f"partialfc{place}: {message}\n".encode())
     if stacks:
         faulthandler.dump_traceback(file=_STANDARD_ERROR, all_threads=True)
+
+
+def leave(code: int) -> NoReturn:
+    """The end of a program: as `sys.exit`, except that a rank of several does not take its interpreter down.
+
+    Gloo may still be giving a tensor back in a thread of its own, which would abort the process then.
+    """
+    several = False
+    with suppress(ValueError):
+        several = launched(os.environ).world_size > 1
+    if not several:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):  # whoever read it is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def leave_at_once(code: int) -> NoReturn:

@@ -269,3 +269,28 @@ say("ready")
 """
     with _running(body) as process:
         assert _ended(process)[:2] == (0, "")
+
+
+LEAVES = """
+import atexit, sys
+from partialfc.supervision.exit_codes import leave
+
+class Held:
+    def __del__(self):
+        print("taken down")
+
+held = Held()
+atexit.register(print, "cleaned up")
+print("said", end=" ")
+leave(75)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"), [({}, "said cleaned up\ntaken down\n"), (LAUNCHED, "said cleaned up\n")]
+)
+def test_a_rank_of_several_ends_without_taking_its_interpreter_down(environment: dict[str, str], said: str):
+    """In which a thread of gloo would abort the process, one time in ten."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "SLURM"))}
+    done = subprocess.run([sys.executable, "-c", LEAVES], env=clean | environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (EXIT_RETRY, said)

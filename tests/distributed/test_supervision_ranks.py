@@ -20,6 +20,7 @@ from partialfc.supervision.signals import StopSignals
 from partialfc.distributed.collectives import max_over_ranks
 from partialfc.distributed.launch import process_group
 from partialfc.supervision.agreement import SupervisionError
+from partialfc.supervision.exit_codes import leave
 from partialfc.supervision.supervisor import Supervisor
 import torch
 
@@ -38,7 +39,8 @@ try:
             run(mesh, device, supervisor)
 except SupervisionError as error:
     sys.stderr.write(f"{error}\\n")
-    sys.exit(error.exit_code)
+    leave(error.exit_code)
+leave(0)
 """
 
 STEPS = """

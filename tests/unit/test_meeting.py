@@ -24,6 +24,7 @@ MEETING = """
 import os, sys
 from partialfc.distributed import meeting
 from partialfc.distributed.launch import process_group
+from partialfc.supervision.exit_codes import leave
 
 timeout, trouble = float(sys.argv[1]), sys.argv[2]
 meeting._TELL_SECONDS = timeout
@@ -43,6 +44,7 @@ except meeting.RendezvousError as error:
     sys.stdout.write(f"{error.lasting} {error.agreed} {error}\\n")
 except ValueError as error:
     sys.stdout.write(f"{error}\\n")
+leave(0)
 """
 
 

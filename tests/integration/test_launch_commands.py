@@ -57,8 +57,9 @@ class Runner:
         tools = Path(sys.executable).parent
         environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         environment |= {"PARTIALFC_PYTHON": sys.executable, "NPROC_PER_NODE": "2", **variables}
+        # Whoever runs the tests may do so under nohup.
         return subprocess.Popen(
-            ["bash", "-euc", command.strip()],
+            ["env", "--default-signal=HUP", "bash", "-euc", command.strip()],
             cwd=self.directory, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 

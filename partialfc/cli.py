@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -34,7 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """The `partialfc` command."""
-    leave(main())
+    try:
+        code = main()
+    except Exception:  # one of ours
+        traceback.print_exc()
+        code = 1
+    leave(code)
 
 
 def _run(options: argparse.Namespace, signals: StopSignals | None) -> int:

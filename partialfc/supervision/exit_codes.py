@@ -48,6 +48,7 @@ def leave(code: int) -> NoReturn:
         several = launched(os.environ).world_size > 1
     if not several:
         sys.exit(code)
+    _kill_children()  # multiprocessing would wait for them without end
     atexit._run_exitfuncs()
     with suppress(OSError, ValueError):  # whoever read it is gone
         sys.stdout.flush()
@@ -57,7 +58,11 @@ def leave(code: int) -> NoReturn:
 
 def leave_at_once(code: int) -> NoReturn:
     """Ends this process from any thread, and with it its children of multiprocessing."""
+    _kill_children()
+    os._exit(code)
+
+
+def _kill_children() -> None:
     if "multiprocessing" in sys.modules:
         for child in sys.modules["multiprocessing"].active_children():
             child.kill()
-    os._exit(code)

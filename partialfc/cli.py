@@ -14,8 +14,9 @@ from typing import NoReturn
 
 from partialfc.checkpoint_commands import add_checkpoint_commands
 from partialfc.data_commands import add_data_commands
+from partialfc.distributed.errors import is_agreed
 from partialfc.distributed.ranks import rank_from_environment
-from partialfc.supervision.exit_codes import EXIT_OK, EXIT_RETRY, EXIT_USER_ERROR, leave
+from partialfc.supervision.exit_codes import EXIT_BUG, EXIT_OK, EXIT_RETRY, EXIT_USER_ERROR, leave
 from partialfc.supervision.signals import StopSignals
 
 __all__ = ["main", "run"]
@@ -24,7 +25,7 @@ __all__ = ["main", "run"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code, one of `partialfc.supervision.exit_codes`.
 
-    A user's mistake is one message on standard error.
+    A user's mistake is one message on standard error, and one of ours a traceback.
     """
     options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
@@ -35,12 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """The `partialfc` command."""
-    try:
-        code = main()
-    except Exception:  # one of ours
-        traceback.print_exc()
-        code = 1
-    leave(code)
+    leave(main())
 
 
 def _run(options: argparse.Namespace, signals: StopSignals | None) -> int:
@@ -57,8 +53,9 @@ def _run(options: argparse.Namespace, signals: StopSignals | None) -> int:
             # A launcher that has seen another rank end tells this one to stop, which may have the message to say.
             signals.answered()
         code = _exit_code(error) if signals is not None else _exit_code_of_command(error)
-        if code is None:
-            raise
+        if code is None:  # one of ours
+            traceback.print_exc()
+            return EXIT_BUG
         _say(error)
     return code or EXIT_OK
 
@@ -91,7 +88,7 @@ def _exit_code_of_command(error: Exception) -> int | None:
 
 def _say(error: Exception) -> None:
     rank = rank_from_environment()
-    if rank and getattr(error, "agreed", False):  # rank 0 says it
+    if rank and is_agreed(error):  # rank 0 says it
         return
     place = f" (rank {rank})" if rank else ""
     # In one piece, also where output is unbuffered: ranks share the stream, and `print` writes its line end apart.

@@ -90,7 +90,7 @@ def average_over_ranks(tensors: list[Tensor], mesh: ShardMesh, *, what: str = "a
     """Replaces each of some floating-point tensors by its mean over ranks, with one collective for all of them."""
     if mesh.size == 1 or not tensors:
         return
-    # Values that are equal already stay what they are: in their own precision a sum of six or more would be rounded.
+    # Values that are equal already stay what they are: in their own precision a sum of three would be rounded.
     flat = torch.cat([tensor.flatten().double() for tensor in tensors])
     TRAIL.note(f"all_reduce {what}", flat)
     dist.all_reduce(flat, dist.ReduceOp.SUM, group=mesh.group)

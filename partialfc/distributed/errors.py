@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["Report", "describe", "first_line", "is_passing", "join_reports", "name_hosts", "name_ranks"]
+__all__ = ["Report", "describe", "first_line", "is_agreed", "is_passing", "join_reports", "name_hosts", "name_ranks"]
 
 _MOST_SHOWN = 10
 _MOST_HOSTS = 3
@@ -52,6 +52,11 @@ def describe(error: BaseException) -> str:
 def is_passing(error: BaseException) -> bool:
     """Whether another start of the same may do without this error: a file system or a network has had it."""
     return isinstance(error, OSError) and error.errno in _PASSING
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Whether every rank raises it with the same message, so that one of them need say it."""
+    return bool(getattr(error, "agreed", False))
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +17,6 @@ from partialfc.distributed.ranks import Launched, launched
 from partialfc.distributed.trail import TRAIL
 
 __all__ = ["node_mesh", "process_group"]
-
-logger = logging.getLogger(__name__)
 
 
 @contextmanager

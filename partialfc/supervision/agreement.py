@@ -11,14 +11,13 @@ from partialfc.data.errors import DataError
 from partialfc.distributed.collectives import gather_objects, max_over_ranks
 from partialfc.distributed.errors import Report, describe, is_passing, join_reports
 from partialfc.distributed.mesh import ShardMesh
-from partialfc.supervision.exit_codes import EXIT_OK, EXIT_RETRY, EXIT_STOPPED, EXIT_USER_ERROR
+from partialfc.supervision.exit_codes import EXIT_BUG, EXIT_OK, EXIT_RETRY, EXIT_STOPPED, EXIT_USER_ERROR
 
 __all__ = ["RankError", "StoppedError", "SupervisionError", "Verdict", "agree", "exit_code_of"]
 
 logger = logging.getLogger(__name__)
 
-_EXIT_BUG = 1
-_KINDS = (EXIT_OK, EXIT_RETRY, EXIT_USER_ERROR, _EXIT_BUG)  # where ranks have several, the last of them counts
+_KINDS = (EXIT_OK, EXIT_RETRY, EXIT_USER_ERROR, EXIT_BUG)  # where ranks have several, the last of them counts
 
 
 class SupervisionError(RuntimeError):
@@ -29,7 +28,7 @@ class SupervisionError(RuntimeError):
         agreed: whether every rank raises it with the same message, so that one of them need say it.
     """
 
-    exit_code: int = _EXIT_BUG
+    exit_code: int = EXIT_BUG
     agreed: bool = False
 
 
@@ -93,7 +92,7 @@ def agree(mesh: ShardMesh, *, signal: int, error: BaseException | None) -> Verdi
         return Verdict(highest)
     if error is not None and mesh.size == 1:
         raise error
-    if code == _EXIT_BUG:
+    if code == EXIT_BUG:
         logger.error("this rank cannot go on", exc_info=error)
     mine = None if error is None else Report(mesh.rank, socket.gethostname(), describe(error))
     reports = [report for report in gather_objects(mine, mesh, what="errors") if report is not None]
@@ -106,4 +105,4 @@ def exit_code_of(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, DataError) or is_passing(error):
         return EXIT_RETRY
-    return EXIT_USER_ERROR if isinstance(error, ValueError | OSError | ImportError) else _EXIT_BUG
+    return EXIT_USER_ERROR if isinstance(error, ValueError | OSError | ImportError) else EXIT_BUG

@@ -11,9 +11,10 @@ from typing import NoReturn
 
 from partialfc.distributed.ranks import launched
 
-__all__ = ["EXIT_OK", "EXIT_RETRY", "EXIT_STOPPED", "EXIT_USER_ERROR", "leave", "leave_at_once", "say"]
+__all__ = ["EXIT_BUG", "EXIT_OK", "EXIT_RETRY", "EXIT_STOPPED", "EXIT_USER_ERROR", "leave", "leave_at_once", "say"]
 
 EXIT_OK = 0
+EXIT_BUG = 1  # A fault of the program, with a traceback.
 EXIT_USER_ERROR = 2  # A start with the same configuration and data would end the same way.
 EXIT_RETRY = 75  # A rank hangs, died, or cannot be reached: start again. (EX_TEMPFAIL of sysexits.h)
 EXIT_STOPPED = 85  # Told to stop: start again to go on.

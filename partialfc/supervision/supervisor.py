@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from partialfc.distributed.collectives import max_over_ranks
-from partialfc.distributed.errors import first_line
+from partialfc.distributed.errors import first_line, is_agreed
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.supervision.agreement import StoppedError, agree
 from partialfc.supervision.preflight import preflight
@@ -76,12 +76,12 @@ class Supervisor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and not _agreed(error):
+        if error is not None and not is_agreed(error):
             if _is_of_communication(error):
                 self._watchdog.communication_failed(first_line(error))
             self._watchdog.tell_others(first_line(error))
         self._watchdog.close()
-        if error is None or _agreed(error):
+        if error is None or is_agreed(error):
             # The first rank has the store of heartbeats: it stays until no other writes there.
             with suppress(RuntimeError) if error is not None else nullcontext():
                 max_over_ranks([0], self._mesh)
@@ -141,10 +141,6 @@ class Supervisor:
             RankError: on all ranks, if they cannot train together.
         """
         preflight(self._mesh, device, facts=facts, directory=self._directory)
-
-
-def _agreed(error: BaseException) -> bool:
-    return bool(getattr(error, "agreed", False))
 
 
 def _is_of_communication(error: BaseException) -> bool:

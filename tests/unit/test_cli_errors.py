@@ -14,7 +14,7 @@ from small_run import make_faces, write_config
 from support import running_ranks
 
 from partialfc.cli import main
-from partialfc.supervision.exit_codes import EXIT_OK, EXIT_RETRY, EXIT_USER_ERROR
+from partialfc.supervision.exit_codes import EXIT_BUG, EXIT_OK, EXIT_RETRY, EXIT_USER_ERROR
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,14 @@ def test_what_is_wrong_is_said_although_the_launcher_has_seen_another_rank_end()
     assert done.returncode == EXIT_USER_ERROR
     assert "not_there.yaml" in done.stderr
     assert "told to stop" not in done.stderr
+
+
+def test_a_fault_of_ours_is_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such state")
+
+    monkeypatch.setattr("partialfc.config.load_config", fail)
+    assert main(["train", "config.yaml"]) == EXIT_BUG
+    errors = capsys.readouterr().err
+    assert errors.startswith("Traceback")
+    assert errors.endswith("RuntimeError: no such state\n")

@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 from support import free_port
 from torch.distributed import TCPStore
 
@@ -26,7 +27,7 @@ from partialfc.distributed import meeting
 from partialfc.distributed.launch import process_group
 from partialfc.supervision.exit_codes import leave
 
-timeout, trouble = float(sys.argv[1]), sys.argv[2]
+timeout, trouble, device = float(sys.argv[1]), sys.argv[2], "cpu"
 meeting._TELL_SECONDS = timeout
 
 def wait(text):
@@ -38,7 +39,7 @@ if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
 try:
     with meeting.getting_ready():
         exec(trouble)
-    with process_group("cpu", timeout_seconds=timeout) as (mesh, _):
+    with process_group(device, timeout_seconds=timeout) as (mesh, _):
         sys.stdout.write(f"met {mesh.rank} {mesh.size}\\n")
 except meeting.RendezvousError as error:
     sys.stdout.write(f"{error.lasting} {error.agreed} {error}\\n")
@@ -135,6 +136,14 @@ def test_a_process_that_cannot_start_is_heard_by_all() -> None:
     port = free_port()
     told = _outputs([_start(0, 3, port, 600, MISTAKE), *(_start(rank, 3, port, 600) for rank in (1, 2))])
     assert told == [f"True True rank 0 ({HOST}): head.margin: unknown\n"] * 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a process without a GPU")
+def test_a_process_without_its_gpu_is_heard_by_all() -> None:
+    port = free_port()
+    told = _outputs([_start(0, 2, port, 600), _start(1, 2, port, 600, "device = 'cuda'")])
+    assert told[0] == told[1]
+    assert told[0].startswith(f"True True rank 1 ({HOST}): device is 'cuda', and local rank 1 needs a GPU of its own")
 
 
 def test_a_process_on_its_own_has_its_own_error() -> None:

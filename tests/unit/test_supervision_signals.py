@@ -21,6 +21,9 @@ import os, signal, sys, threading, time
 from partialfc.supervision.signals import StopSignals
 def say(text):
     os.write(1, (text + "\\n").encode())
+def hear(signals):
+    while not signals.received:
+        time.sleep(0.01)
 """
 
 
@@ -72,8 +75,7 @@ def test_within_steps_it_waits_for_the_answer_and_then_takes_its_time():
 with StopSignals(grace_seconds=0.5) as signals:
     with signals.deferred():
         say("ready")
-        while not signals.received:
-            time.sleep(0.01)
+        hear(signals)
         signals.answered()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
@@ -120,8 +122,7 @@ def test_a_signal_that_waits_when_the_steps_end_is_obeyed_there():
 with StopSignals() as signals:
     with signals.deferred():
         say("ready")
-        while not signals.received:
-            time.sleep(0.01)
+        hear(signals)
     say("not reached")
 """
     with _running(body) as process:
@@ -137,8 +138,7 @@ with StopSignals() as signals:
             raise ValueError
     except ValueError:
         say("ready")
-        while not signals.received:
-            time.sleep(0.01)
+        hear(signals)
         say("explained")
         sys.exit(7)
 """
@@ -152,8 +152,7 @@ def test_a_second_interrupt_leaves_but_one_keystroke_heard_twice_does_not():
 with StopSignals(grace_seconds=60) as signals:
     with signals.deferred():
         say("ready")
-        while not signals.received:
-            time.sleep(0.01)
+        hear(signals)
         say("heard")
         time.sleep(60)
 """
@@ -272,7 +271,7 @@ say("ready")
 
 
 LEAVES = """
-import atexit, sys
+import atexit, multiprocessing, sys, time
 from partialfc.supervision.exit_codes import leave
 
 class Held:
@@ -280,6 +279,8 @@ class Held:
         print("taken down")
 
 held = Held()
+if sys.argv[1:]:
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)).start()
 atexit.register(print, "cleaned up")
 print("said", end=" ")
 leave(75)
@@ -294,3 +295,9 @@ def test_a_rank_of_several_ends_without_taking_its_interpreter_down(environment:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "SLURM"))}
     done = subprocess.run([sys.executable, "-c", LEAVES], env=clean | environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (EXIT_RETRY, said)
+
+
+def test_a_rank_that_ends_does_not_wait_for_its_data_workers():
+    command = [sys.executable, "-c", LEAVES, "with a child"]
+    done = subprocess.run(command, env=os.environ | LAUNCHED, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (EXIT_RETRY, "said cleaned up\n")

@@ -139,11 +139,12 @@ def test_one_process_sends_nothing() -> None:
 
 @dataclass(frozen=True)
 class TellingSGD(CenterSGD):
-    """Tells the other rank that centers have moved."""
+    """Tells the other rank that centers have moved, which they do with the reduce-scatter under way."""
 
     key: ClassVar[str] = "moved"
 
     def update_(self, *arguments: Any, **options: Any) -> None:
+        assert TRAIL.last == "reduce_scatter embedding gradient"
         super().update_(*arguments, **options)
         _get_default_store().set(self.key, "yes")
 
@@ -169,8 +170,8 @@ def check_overlap(rank: int, world_size: int, directory: Path) -> None:
 
     found = tool.trace(late_step, directory / f"trace{rank}.json")
     if rank == 0:
-        assert found.sending[0] <= found.update[0] < found.update[1] <= found.sending[1], found
-        assert found.microseconds == pytest.approx(found.update[1] - found.update[0])
+        # No more than this is sure: gloo's thread may begin late, and the span ends after the word to rank 1.
+        assert found.update[0] < found.sending[1], found
     gradient = embeddings.grad
     assert isinstance(gradient, Tensor)
     assert bool(gradient.abs().sum() > 0)
@@ -178,3 +179,21 @@ def check_overlap(rank: int, world_size: int, directory: Path) -> None:
 
 def test_class_centers_move_while_the_embedding_gradient_is_on_its_way(tmp_path: Path) -> None:
     run_distributed(check_overlap, 2, tmp_path)
+
+
+def test_overlap_of_a_trace() -> None:
+    def event(name: str, start: float, end: float) -> dict[str, object]:
+        return {"name": name, "ts": start, "dur": end - start}
+
+    tool = _tool()
+    events = [
+        event("gloo:all_reduce", 0.0, 2.0),
+        event(tool.SENDING, 3.0, 20.0),
+        event("gloo:reduce_scatter", 5.0, 12.0),
+        event(tool.UPDATE, 4.0, 9.0),
+        {"name": "process_name"},
+    ]
+    found = tool.overlap_of(events)
+    assert found == tool.Overlap(sending=(5.0, 12.0), update=(4.0, 9.0))
+    assert found.microseconds == 4.0
+    assert tool.Overlap(sending=(5.0, 12.0), update=(13.0, 14.0)).microseconds == 0.0

@@ -120,7 +120,7 @@ def _newest(run_directory: str | Path, config: Config, *, mesh: ShardMesh) -> tu
     if "ema" in store.metadata(path)["sections"]:
         floating = {name: value for name, value in backbone.state_dict().items() if value.is_floating_point()}
         state["ema"] = {name: torch.empty_like(value) for name, value in floating.items()}
-    store.load(path, state)
+    store.load(path, state, verified=True)
     backbone.load_state_dict({**state["backbone"], **state.get("ema", {})})
     return backbone.eval(), path
 

@@ -92,7 +92,7 @@ def _go_on_from(path: Path, run: Run) -> None:
     for name in _OPTIONAL_SECTIONS:
         if name not in metadata["sections"]:
             state.pop(name, None)
-    run.store.load(path, state)
+    run.store.load(path, state, verified=True)
     progress = Progress(**json.loads(state["progress"]["state"]))
     if progress.step > run.total_steps:
         raise ValueError(

@@ -37,6 +37,23 @@ def test_a_process_alone_saves_and_loads(tmp_path: Path) -> None:
     }
 
 
+def test_what_was_verified_a_moment_ago_is_not_compared_again(tmp_path: Path) -> None:
+    checkpoints = single_store(tmp_path, 5)
+    latest = checkpoints.latest()
+    assert latest is not None
+    name = next(name for name in names(latest) if name.endswith(".distcp"))
+    last_byte = (latest / name).stat().st_size - 1  # of the padding of a zip: what is read is as it was
+    flip(latest / name, last_byte, 0)
+    state = state_at(0, checkpoints.mesh)
+    assert checkpoints.load(latest, state, verified=True)["step"] == 5
+    assert_is_state(state, 5, checkpoints.mesh)
+    with pytest.raises(CheckpointError, match=f"{name} has sha256"):
+        checkpoints.load(latest, state_at(0, checkpoints.mesh))
+    (latest / MANIFEST_NAME).unlink()
+    with pytest.raises(CheckpointError, match=MANIFEST_NAME):
+        checkpoints.load(latest, state, verified=True)
+
+
 def test_every_file_is_on_disk_before_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: dict[int, int] = {}
     renamed_to: list[str] = []

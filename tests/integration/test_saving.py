@@ -22,7 +22,7 @@ from small_run import make_faces, set_back, steps_of, write_config
 from support import checkpoint_tensors
 
 from partialfc.assembly import assemble, open_inputs
-from partialfc.checkpoint import CheckpointStore
+from partialfc.checkpoint import CheckpointStore, store
 from partialfc.cli import main
 from partialfc.config import load_config
 from partialfc.distributed.mesh import ShardMesh
@@ -190,6 +190,23 @@ def test_the_best_is_kept_besides_the_last(tmp_path: Path, faces: Path) -> None:
 def test_the_best_of_nothing_is_refused(tmp_path: Path, faces: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", config_file(tmp_path, faces, checkpoint={"keep_best": True})]) == 2
     assert "checkpoint.keep_best needs evaluation.enabled and evaluation.every_steps" in capsys.readouterr().err
+
+
+def test_going_on_reads_a_checkpoint_once_to_verify_it(
+    tmp_path: Path, faces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_file(tmp_path, faces)
+    assert main(["train", config]) == 0
+    verified: list[str] = []
+
+    def check_files(path: Path, *arguments: Any, **options: Any) -> None:
+        verified.append(path.name)
+        original(path, *arguments, **options)
+
+    original = store.check_files
+    monkeypatch.setattr(store, "check_files", check_files)
+    assert main(["train", config]) == 0
+    assert verified == [f"step-{STEPS:08}"]
 
 
 def test_other_settings_are_told_when_a_run_goes_on(

@@ -50,18 +50,20 @@ def _verified(paths: list[Path]) -> list[CheckpointSummary]:
         return [summarize(path, contents=True, on_bytes=bar.update) for path in paths]
 
 
-def _newest(path: Path) -> CheckpointSummary:
-    """The newest checkpoint at a place, verified."""
+def _newest(path: Path) -> Path:
+    """The newest checkpoint at a place."""
     from partialfc.checkpoint.inspection import find_checkpoints
 
-    return _verified(find_checkpoints(path)[-1:])[0]
+    return find_checkpoints(path)[-1]
 
 
 def _export_centers(options: argparse.Namespace) -> int:
-    from partialfc.checkpoint.rewriting import export_rows
+    from partialfc.checkpoint.rewriting import check_export, export_rows
     from partialfc.telemetry import ProgressBar
 
-    found = _newest(options.path)
+    path = _newest(options.path)
+    check_export(options.out)
+    (found,) = _verified([path])
     if found.damage is not None:
         return _report([found])
     metadata, task = found.metadata, options.task
@@ -103,10 +105,12 @@ def _label_names(path: Path, task: str, num_classes: int) -> list[str] | None:
 
 
 def _reshard(options: argparse.Namespace) -> int:
-    from partialfc.checkpoint.rewriting import reshard, reshard_bytes
+    from partialfc.checkpoint.rewriting import check_reshard, reshard, reshard_bytes
     from partialfc.telemetry import ProgressBar
 
-    found = _newest(options.path)
+    path = _newest(options.path)
+    check_reshard(path, options.out, num_ranks=options.ranks)
+    (found,) = _verified([path])
     if found.damage is not None:
         return _report([found])
     with ProgressBar(reshard_bytes(found.path), description="reshard", unit="bytes") as bar:

@@ -19,7 +19,7 @@ from partialfc.checkpoint.parts import PIECE_BYTES, FlatState, Part
 from partialfc.checkpoint.reading import StoredState
 from partialfc.checkpoint.storage import write_parts
 
-__all__ = ["export_rows", "reshard", "reshard_bytes"]
+__all__ = ["check_export", "check_reshard", "export_rows", "reshard", "reshard_bytes"]
 
 _LEAST_SPLIT_BYTES = 2**20
 _MOST_RANKS = 2**16
@@ -45,13 +45,10 @@ def reshard(path: Path, out: Path, *, num_ranks: int, on_bytes: OnBytes = lambda
         ValueError: if `num_ranks` is below 1, or `out` has a checkpoint of that step.
         OSError: if it cannot be written.
     """
-    if not 1 <= num_ranks <= _MOST_RANKS:
-        raise ValueError(f"--ranks is {num_ranks}, but must be from 1 to {_MOST_RANKS}")
+    check_reshard(path, out, num_ranks=num_ranks)
     step, source = step_of(path), StoredState(path)
     assert step is not None, path
     directory = CheckpointDirectory(out, keep_last=1, keep_best=False)
-    if directory.path_of(step).exists():
-        raise ValueError(f"{directory.path_of(step)} exists; give another --out")
     metadata = {**Manifest.read(path).metadata, "world_size": num_ranks}
     temporary = directory.begin(step)
     try:
@@ -63,6 +60,19 @@ def reshard(path: Path, out: Path, *, num_ranks: int, on_bytes: OnBytes = lambda
         remove(temporary)
         raise
     return directory.path_of(step)
+
+
+def check_reshard(path: Path, out: Path, *, num_ranks: int) -> None:
+    """Whether `reshard` could begin: it takes no time, other than to verify the checkpoint before.
+
+    Raises:
+        ValueError: as there.
+    """
+    if not 1 <= num_ranks <= _MOST_RANKS:
+        raise ValueError(f"--ranks is {num_ranks}, but must be from 1 to {_MOST_RANKS}")
+    copy = out / path.absolute().name
+    if copy.exists():
+        raise ValueError(f"{copy} exists; give another --out")
 
 
 def reshard_bytes(path: Path) -> int:
@@ -137,17 +147,10 @@ def export_rows(
         on_rows: called with numbers of rows, as they are written.
 
     Raises:
-        ValueError: if a file is there already, or there is no such tensor.
+        ValueError: as of `check_export`, or if there is no such tensor.
         OSError: if it cannot be written; then neither file is there.
     """
-    beside = out.with_suffix(".json")
-    if out.suffix != ".npy":
-        raise ValueError(f"--out is {out}, but must end in .npy")
-    if (out.parent / MANIFEST_NAME).exists():
-        raise ValueError(f"--out is {out}, which is inside of a checkpoint; give another folder")
-    for file in (out, beside):
-        if file.exists():
-            raise ValueError(f"{file} exists; give another --out")
+    check_export(out)
     stored = StoredState(path)
     if name not in stored.tensors:
         raise ValueError(f"{path} has no {name}")
@@ -168,11 +171,33 @@ def export_rows(
             assert left == 0
             stream.flush()
             os.fsync(stream.fileno())
-        _write_json(beside, {**facts, "shape": list(shape), "dtype": "float32"})
+        _write_json(_beside(out), {**facts, "shape": list(shape), "dtype": "float32"})
         temporary.rename(out)
         fsync_directory(out.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_export(out: Path) -> None:
+    """Whether `export_rows` could begin: it takes no time, other than to verify the checkpoint before.
+
+    Raises:
+        ValueError: if a file is there already, or `out` has another name or place than it may have.
+    """
+    if out.suffix != ".npy":
+        raise ValueError(f"--out is {out}, but must end in .npy")
+    if (out.parent / MANIFEST_NAME).exists():
+        raise ValueError(f"--out is {out}, which is inside of a checkpoint; give another folder")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out is {out}, but there is no directory {out.parent}; make it first")
+    for file in (out, _beside(out)):
+        if file.exists():
+            raise ValueError(f"{file} exists; give another --out")
+
+
+def _beside(out: Path) -> Path:
+    """The file of facts."""
+    return out.with_suffix(".json")
 
 
 def _portions(stored: StoredState, name: str) -> list[tuple[int, int]]:

@@ -179,12 +179,15 @@ def test_export_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ([*export, "--out", str(tmp_path / "x.pt")], "x.pt, but must end in .npy"),
         ([*export, "--out", str(tmp_path / "x.npy"), "--task", "other"], "--task is other, but"),
         (["checkpoint", "export-centers", str(tmp_path), "--out", str(tmp_path / "x.npy")], "has no checkpoints; give"),
-        ([*export, "--out", str(tmp_path / "no" / "x.npy")], "No such file or directory"),
+        ([*export, "--out", str(tmp_path / "no" / "x.npy")], f"there is no directory {tmp_path / 'no'}; make it"),
     ]:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
-    # The newest is damaged: it is not silently another one that is exported.
+    # What needs no reading is refused before gigabytes are read; those of a damaged one would be told first.
     damage(run / "checkpoints" / "step-00000014" / "__0_0.distcp")
+    assert main([*export, "--out", str(tmp_path / "there.npy")]) == 2
+    assert "there.json exists" in capsys.readouterr().err
+    # The newest is damaged: it is not silently another one that is exported.
     assert main([*export, "--out", str(tmp_path / "x.npy")]) == 1
     assert "step-00000014 is damaged: __0_0.distcp has sha256" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "there.json"]
@@ -232,7 +235,9 @@ def test_reshard_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert main(["checkpoint", "reshard", str(run), "--ranks", "2", "--out", str(own)]) == 2
     assert f"{own / 'step-00000007'} exists; give another --out" in capsys.readouterr().err
     assert main(["checkpoint", "reshard", str(run), "--ranks", "0", "--out", str(out)]) == 2
-    assert "--ranks is 0, but must be from 1 to 65536" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "--ranks is 0, but must be from 1 to 65536" in captured.err
+    assert "verify" not in captured.err, "nothing is read for it"
     # What is read back is another number: nothing is committed.
     rows_of = StoredState.read_rows
 

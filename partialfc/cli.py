@@ -101,7 +101,7 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> None:
     from partialfc.evaluate import result_table
     from partialfc.train import train
 
-    with getting_ready():
+    with getting_ready(on_refusal=signals.answered):
         config = load_config(options.config, options.overrides)
     trained = train(config, signals=signals)
     if rank_from_environment() == 0 and trained.verifications:

@@ -66,10 +66,14 @@ def train(config: Config, *, signals: StopSignals | None = None) -> Trained:
         RendezvousError: on all ranks, if they do not meet; see `partialfc.distributed.meeting`.
     """
     settings = config.supervision
-    if signals is not None:
-        signals.grace_seconds = settings.grace_seconds
+    signals = signals or StopSignals()  # one that nobody has entered hears nothing
+    signals.grace_seconds = settings.grace_seconds
     with (
-        process_group(config.run.device, timeout_seconds=settings.collective_timeout_seconds) as (mesh, device),
+        process_group(
+            config.run.device,
+            timeout_seconds=settings.collective_timeout_seconds,
+            on_refusal=signals.answered,
+        ) as (mesh, device),
         Supervisor(
             mesh,
             directory=config.run.directory,

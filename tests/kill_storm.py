@@ -27,7 +27,6 @@ import yaml
 ROOT = Path(__file__).parents[1]
 IDENTITIES, IMAGES_PER_IDENTITY, GLOBAL_BATCH = 24, 4, 16
 STEPS, SAVE_EVERY, KEPT = 40, 5, 2
-ORPHAN_SECONDS = 10.0  # that processes may outlive their agent
 _SECONDS = 300.0  # for whatever should happen soon, on a busy machine
 _MARK = "KILLED_RUN"
 _STORM = 346  # another number is another storm
@@ -130,6 +129,7 @@ class Training:
     starts: int = 0
 
     def __post_init__(self) -> None:
+        self._done, self._old_metrics, self._said = 0, None, 0  # of the start before this one
         self.run, self.log = self.directory / "run", self.directory / "log"
         self._metrics, self._saves = self.run / "metrics.jsonl", self.run / "checkpoints"
         self.directory.mkdir()
@@ -149,7 +149,8 @@ class Training:
         self._config.write_text(yaml.safe_dump(values))
 
     def start(self) -> None:
-        """As a scheduler would, always with the same command."""
+        """As a scheduler would, always with the same command. Nothing of the run is alive."""
+        self._note()
         environment = {
             **os.environ, _MARK: str(self.directory), "PARTIALFC_PYTHON": sys.executable,
             "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MAX_RESTARTS": "10",
@@ -159,7 +160,7 @@ class Training:
                 [str(ROOT / "launch" / "torchrun.sh"), str(self._config)], env=environment, stdout=log, stderr=log
             )
         self.starts += 1
-        self._began()
+        self._started_at = time.monotonic()
 
     def until(
         self, condition: Callable[[], object], *, seconds: float = _SECONDS, every_seconds: float = 0.002
@@ -198,27 +199,31 @@ class Training:
         time.sleep(kill.later_seconds)
         if kill.kind.startswith("rank"):
             self.until(lambda: self._rank(kill.kind) or self.ended())
-        if self.ended():  # by what its orphans had done; there is nothing left to kill
+        if self.ended():  # there is nothing left to kill
             return
         aftermath = Aftermath(kill.kind, kill.phase, self.asynchronous)
         before, self._killed_at = self.processes(), time.monotonic()
         if kill.kind.startswith("rank"):
-            _kill([self._rank(kill.kind)])
+            victim = self._rank(kill.kind)
+            if victim is None:  # it has just ended
+                return
+            self._note()
+            _kill([victim])
         elif kill.kind == "agent":
             self._agent.kill()
         else:
             self.end()
         aftermath.in_save = any(path not in leftovers for path in self._saves.glob("tmp-[0-9]*"))
         if kill.kind == "agent":
-            self.until(lambda: not self.processes(), seconds=ORPHAN_SECONDS, every_seconds=0.05)
+            self.until(lambda: not self.processes(), every_seconds=0.05)
             aftermath.orphan_seconds = time.monotonic() - self._killed_at
         if kill.kind in ("agent", "all"):
             self._agent.wait()
             self.start()
         else:
-            self.until(lambda: self._ranks_after(before) or self.ended(), every_seconds=0.05)
-            self._began()
-        aftermath.done = self.steps()
+            self.until(lambda: self._replaced(before), every_seconds=0.05)
+            self._started_at = time.monotonic()
+        aftermath.done = self._done
         self.aftermaths.append(aftermath)
 
     def processes(self) -> dict[int, dict[str, str]]:
@@ -239,10 +244,20 @@ class Training:
             _kill(found)
         self._agent.wait()
 
-    def _began(self) -> None:
-        """All that was before is dead, and the run has just been started."""
-        self._started_at, self._old_metrics = time.monotonic(), self._identity()
-        self._said = self.log.stat().st_size
+    def _note(self) -> None:
+        """What the dead have left, by which what comes after is told apart."""
+        said = self.log.stat().st_size if self.log.exists() else 0
+        self._done, self._old_metrics, self._said = self.steps(), self._identity(), said
+
+    def _replaced(self, before: Iterable[int]) -> bool:
+        """Whether there are new ranks, or never will be. Notes what the old ones have left, if there are not."""
+        old = self._done, self._old_metrics, self._said
+        self._note()
+        if self._ranks_after(before):
+            # They may have written already.
+            self._done, self._old_metrics, self._said = old
+            return True
+        return self.ended()
 
     def _wait_for(self, kill: Kill, start_seconds: float) -> None:
         committed = self._saves / f"step-{int(kill.at):08d}"
@@ -252,7 +267,9 @@ class Training:
         elif kill.phase == "steps":
             self.until(lambda: self.steps() >= kill.at)
         elif kill.phase == "save":
-            self.until(lambda: committed.exists() or any(self._saves.glob(f"tmp-{int(kill.at):08d}-*")))
+            # Asleep, this process may miss it, and it is not kept for long.
+            begun = f"tmp-{int(kill.at):08d}-*"
+            self.until(lambda: committed.exists() or any(self._saves.glob(begun)) or self.steps() > kill.at)
         else:
             self.until(committed.exists)
 
@@ -261,6 +278,8 @@ class Training:
         if not self.aftermaths or (aftermath := self.aftermaths[-1]).resumed is not None:
             return
         self.until(lambda: self._works() or self.ended())
+        if not self._works():
+            return
         with self.log.open("rb") as log:
             log.seek(self._said)
             resumed = re.findall(rb"going on from \S+, step (\d+) of", log.read())

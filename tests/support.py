@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+SOON_SECONDS = 300.0  # for whatever should happen soon: several processes import torch on a busy machine
 _PORTS = random.SystemRandom()  # others seed what `random` draws from
 
 
@@ -29,7 +31,7 @@ def _entry(
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=600))
         function(rank, world_size, *args)
         dist.barrier()
     except BaseException:
@@ -66,7 +68,7 @@ class Ranks:
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n", self.errors(rank)
 
-    def ended(self, timeout: float = 60.0) -> list[int]:
+    def ended(self, timeout: float = SOON_SECONDS) -> list[int]:
         """The exit codes of all."""
         return [process.wait(timeout) for process in self.processes]
 
@@ -77,7 +79,7 @@ class Ranks:
         """Until a rank has said what matches."""
         started = time.monotonic()
         while not re.search(pattern, self.errors(rank)):
-            assert time.monotonic() - started < 60, self.errors(rank)
+            assert time.monotonic() - started < SOON_SECONDS, self.errors(rank)
             time.sleep(0.1)
         return time.monotonic() - started
 
@@ -114,11 +116,16 @@ def run_distributed(function: Callable[..., None], world_size: int, *args: Any) 
     ]
     for process in processes:
         process.start()
+    reports, running = [], {process.sentinel for process in processes}
+    while running:
+        ready = wait([errors._reader, *running])
+        # Before it ends: what a rank has to say may be more than a pipe holds.
+        if errors._reader in ready:
+            reports.append(errors.get())
+        else:
+            running.difference_update(ready)
     for process in processes:
         process.join()
-    reports = []
-    while not errors.empty():
-        reports.append(errors.get())
     assert not reports, "\n".join(reports)
     assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from multiprocessing import active_children, parent_process
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, Protocol
@@ -116,10 +117,13 @@ class WholeBatchLoader:
             # They may leave a request to end to this process, which is about to wait for their end.
             for worker in workers:
                 worker.kill()
+            if workers:
+                # One that was killed as it looked at this event has its lock for ever, and torch would wait for it.
+                batches._workers_done_event = threading.Event()
             # An error refers to this frame: with these names, to itself and to the processes of torch too.
             del batch, batches, workers
 
-    def _start(self) -> tuple[Iterator[Any], list[BaseProcess]]:
+    def _start(self) -> tuple[Any, list[BaseProcess]]:
         """The iterator of torch, and its processes."""
         others, handler = active_children(), signal.getsignal(signal.SIGCHLD)
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -131,12 +135,15 @@ class WholeBatchLoader:
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         return batches, [child for child in active_children() if child not in others]
 
-    def _next(self, batches: Iterator[Any], workers: list[BaseProcess], number: int) -> Any:
+    def _next(self, batches: Any, workers: list[BaseProcess], number: int) -> Any:
         deadline = time.monotonic() + self._timeout_seconds
         while True:
             try:
                 return next(batches)
             except (RuntimeError, EOFError, OSError) as error:  # Those of data come as values.
+                if workers and "timed out" not in str(error):
+                    # The connection of one that is being killed breaks before its end is known.
+                    wait([worker.sentinel for worker in workers], _LOOK_EVERY_SECONDS)
                 for worker in workers:
                     worker.join(_LOOK_EVERY_SECONDS / 100)
                 dead = [f"pid {worker.pid}, {_end_of(worker)}" for worker in workers if not worker.is_alive()]

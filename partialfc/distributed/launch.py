@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -20,7 +20,9 @@ __all__ = ["node_mesh", "process_group"]
 
 
 @contextmanager
-def process_group(device: str = "auto", *, timeout_seconds: float = 600.0) -> Iterator[tuple[ShardMesh, torch.device]]:
+def process_group(
+    device: str = "auto", *, timeout_seconds: float = 600.0, on_refusal: Callable[[], None] = lambda: None
+) -> Iterator[tuple[ShardMesh, torch.device]]:
     """The mesh over all launched processes, and this one's device; the group is taken down at the end.
 
     Without a launcher there is no group, and the mesh is a process on its own. A default group that is there already is
@@ -30,6 +32,7 @@ def process_group(device: str = "auto", *, timeout_seconds: float = 600.0) -> It
     Args:
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         timeout_seconds: to wait for all processes to come, and later for one of them in a collective.
+        on_refusal: called when all know that some cannot start, before any of them ends.
 
     Raises:
         ValueError: if the launcher's variables contradict each other, or CUDA is asked for and this process, on its
@@ -40,7 +43,7 @@ def process_group(device: str = "auto", *, timeout_seconds: float = 600.0) -> It
         yield ShardMesh.from_group(), choose_device(device, launched(os.environ), _num_gpus())
         return
     place = launched(os.environ)
-    with getting_ready():
+    with getting_ready(on_refusal=on_refusal):
         chosen = choose_device(device, place, _num_gpus())
         if chosen.type == "cuda" and place.address is not None:
             torch.cuda.set_device(chosen)
@@ -48,7 +51,7 @@ def process_group(device: str = "auto", *, timeout_seconds: float = 600.0) -> It
         yield ShardMesh.single(), chosen
         return
     timeout = timedelta(seconds=timeout_seconds)
-    store = meet(place, timeout)
+    store = meet(place, timeout, on_refusal=on_refusal)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
         store=PrefixStore("group", store),

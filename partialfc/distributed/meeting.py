@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -28,6 +28,10 @@ _LOOK_SECONDS = 0.2
 _LONGEST_TEXT = 4000
 _OF_USERS = (ValueError, OSError, ImportError)
 
+# Called when it is known what this process ends with, and before the others may end: a launcher that sees one of them
+# end tells the rest to stop, of which one has the message to say.
+OnRefusal = Callable[[], None]
+
 
 class RendezvousError(RuntimeError):
     """The launched processes did not all find each other, or some cannot start.
@@ -43,8 +47,11 @@ class RendezvousError(RuntimeError):
 
 
 @contextmanager
-def getting_ready() -> Iterator[None]:
+def getting_ready(*, on_refusal: OnRefusal = lambda: None) -> Iterator[None]:
     """What a launched process does before it joins `process_group`: if that fails, those who wait for it are told.
+
+    Args:
+        on_refusal: called when all know, before any of them ends.
 
     Raises:
         RendezvousError: on all launched processes, instead of the error of some. A process on its own, or one that
@@ -56,19 +63,22 @@ def getting_ready() -> Iterator[None]:
         place = None
         with suppress(ValueError):  # the error may be that this is not known
             place = launched(os.environ)
-        told = None if place is None or place.world_size == 1 else tell(place, error)
+        told = None if place is None or place.world_size == 1 else tell(place, error, on_refusal=on_refusal)
         if told is None:
             raise
         raise told from error
 
 
-def tell(place: Launched, error: Exception, *, timeout_seconds: float = _TELL_SECONDS) -> RendezvousError | None:
+def tell(
+    place: Launched, error: Exception, *, timeout_seconds: float = _TELL_SECONDS, on_refusal: OnRefusal = lambda: None
+) -> RendezvousError | None:
     """Tells the others, which are in `meet` or on their way, why this process does not come.
 
     Args:
         place: of this process.
         error: why.
         timeout_seconds: to wait for rank 0, and for all to come.
+        on_refusal: called when all know, before any of them ends.
 
     Returns:
         What all raise; None if nobody was found.
@@ -76,20 +86,25 @@ def tell(place: Launched, error: Exception, *, timeout_seconds: float = _TELL_SE
     deadline = _Deadline(timeout_seconds)
     deadline.notice = f"cannot start: {describe(error)}; waiting up to {timeout_seconds:g} s to tell the others"
     try:
-        roll = _Roll(place, deadline)
+        roll = _Roll(place, deadline, on_refusal)
     except (RendezvousError, ValueError):
         return None
     return roll.cannot_come(error, deadline)
 
 
-def meet(place: Launched, timeout: timedelta) -> Store:
+def meet(place: Launched, timeout: timedelta, *, on_refusal: OnRefusal = lambda: None) -> Store:
     """A store that all processes have reached, for this start of theirs alone.
+
+    Args:
+        place: of this process.
+        timeout: to wait for all.
+        on_refusal: called when all know that some cannot start, before any of them ends.
 
     Raises:
         RendezvousError: if not all come in time, or some cannot start; it names them.
     """
     deadline = _Deadline(timeout.total_seconds())
-    roll = _Roll(place, deadline)
+    roll = _Roll(place, deadline, on_refusal)
     roll.call(deadline)
     return roll.store
 
@@ -181,8 +196,9 @@ class _Roll:
         store: of this meeting. The agent of torchrun may keep what is around it for a later start, which has another.
     """
 
-    def __init__(self, place: Launched, deadline: _Deadline) -> None:
+    def __init__(self, place: Launched, deadline: _Deadline, on_refusal: OnRefusal) -> None:
         self._place, self._all_meetings = place, _open_store(place, deadline)
+        self._on_refusal = on_refusal
         try:
             number = self._all_meetings.add("meetings", 0)
         except dist.DistNetworkError as error:
@@ -237,6 +253,7 @@ class _Roll:
             here = [rank for rank in here if self.store.check([f"here/{rank}"])]
         texts = zip(here, self.store.multi_get([f"here/{rank}" for rank in here]), strict=True)
         told = {rank: json.loads(text) for rank, text in texts if text}
+        self._on_refusal()
         self._wait_for_readers(len(here))
         if not told:
             return RendezvousError(

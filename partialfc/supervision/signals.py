@@ -19,14 +19,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from partialfc.distributed.ranks import launched
-from partialfc.supervision.exit_codes import EXIT_RETRY, EXIT_STOPPED, leave_at_once, say
+from partialfc.supervision.exit_codes import EXIT_RETRY, EXIT_STOPPED, STOP_SIGNALS, leave_at_once, say
 
-__all__ = ["AGENT", "STOP_SIGNALS", "StopSignals"]
+__all__ = ["AGENT", "StopSignals"]
 
 AGENT = "PARTIALFC_AGENT"  # the environment variable with the process number of launch/agent.py
-
-# Not SIGUSR1, which NCCL may use for itself.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 _LOOK_EVERY_SECONDS = 1.0
 # One Ctrl-C arrives twice under torchrun: from the terminal, and handed on by the agent.
@@ -103,9 +100,10 @@ class StopSignals:
                 self._leave()
 
     def answered(self) -> None:
-        """All ranks have agreed to stop. What is left to do may take its time; further signals change nothing."""
+        """How this process ends is known. What is left to do may take its time; further signals change nothing."""
         with self._lock:
             self._answered = True
+            self._deadline = float("inf")
 
     def _listen(self) -> None:
         while True:
@@ -121,14 +119,14 @@ class StopSignals:
                 say(f"the launcher (pid {self._launcher}) is gone; leaving")
                 leave_at_once(EXIT_RETRY)
             with self._lock:
-                if time.monotonic() >= self._deadline and not self._answered:
+                if time.monotonic() >= self._deadline:
                     self._leave(f", and the step did not end within {self.grace_seconds:g} seconds", stacks=True)
 
     def _hear(self, number: int) -> None:
         with self._lock:
             now = time.monotonic()
             self.received = self.received or number
-            if number != signal.SIGUSR2:
+            if number != signal.SIGUSR2 and not self._answered:
                 self._deadline = min(self._deadline, now + self.grace_seconds)
             if not self._deferred and not self._answered:
                 self._leave()

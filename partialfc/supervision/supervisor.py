@@ -55,7 +55,7 @@ class Supervisor:
         mesh: the ranks.
         directory: of the run; `faults/` in it gets the reports of hangs.
         hang_timeout_seconds: without the end of a step.
-        signals: that tell the run to stop; None if nobody listens to them.
+        signals: that tell the run to stop.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Supervisor:
         *,
         directory: Path,
         hang_timeout_seconds: float,
-        signals: StopSignals | None = None,
+        signals: StopSignals,
     ) -> None:
         self._mesh, self._directory, self._signals = mesh, directory, signals
         self._watchdog = Watchdog(mesh, directory=directory, limit_seconds=hang_timeout_seconds)
@@ -76,6 +76,9 @@ class Supervisor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None:
+            # Before another rank can end: a launcher that sees it tells this one to stop, which may have the message.
+            self._signals.answered()
         if error is not None and not is_agreed(error):
             if _is_of_communication(error):
                 self._watchdog.communication_failed(first_line(error))
@@ -93,7 +96,7 @@ class Supervisor:
 
     def steps(self) -> AbstractContextManager[None]:
         """The loop over steps: in it a signal to stop waits for the next `together()`, outside it ends the process."""
-        return nullcontext() if self._signals is None else self._signals.deferred()
+        return self._signals.deferred()
 
     def beat(self, step: int) -> None:
         """Step number `step` has ended. Between two of these the limit of hangs holds, from the second on."""
@@ -122,9 +125,8 @@ class Supervisor:
             result = call()
         except Exception as error:
             failure = error
-        received = 0 if self._signals is None else self._signals.received
-        verdict = agree(self._mesh, signal=received, error=failure)
-        if verdict.stop and self._signals is not None:
+        verdict = agree(self._mesh, signal=self._signals.received, error=failure)
+        if verdict.stop:
             self._signals.answered()
         self._signal = verdict.signal
         checked: Result = result

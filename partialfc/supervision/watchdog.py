@@ -92,13 +92,14 @@ class Watchdog:
         pause = min(BEAT_SECONDS, self._limit_seconds / 4)
         looked_at = time.monotonic()
         while not self._closing.wait(pause):
-            overslept = time.monotonic() - looked_at - pause
-            looked_at += pause + overslept
+            now = time.monotonic()
+            overslept, looked_at = now - looked_at - pause, now
             if overslept > _OVERSLEPT_SECONDS:
-                self._progressed_at += overslept
+                # It may have progressed since it was woken.
+                self._progressed_at = min(now, self._progressed_at + overslept)
             if self.heartbeats is not None and self.heartbeats.cause is not None:
                 self._end("the run ends", self.heartbeats.cause.text)
-            if not self._phases and time.monotonic() - self._progressed_at > self._limit_seconds:
+            if not self._phases and now - self._progressed_at > self._limit_seconds:
                 self._ask_who()
 
     def _ask_who(self) -> None:

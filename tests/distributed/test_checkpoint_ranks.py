@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import socket
 import time
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_states import assert_is_state, disk_full, flip, names, single_store, state_at
-from support import run_distributed
+from support import SOON_SECONDS, run_distributed
 
 from partialfc.checkpoint import CheckpointError, CheckpointStore, RunLock, RunLockedError, storage, store
 from partialfc.checkpoint.manifest import MANIFEST_NAME
@@ -148,10 +149,12 @@ def communicate_until_told(checkpoints: CheckpointStore) -> str | None:
     """Steps of a training that ask at each whether the save is over. All ranks hear of it in the same step."""
     heard = None
     told: list[int] = []
-    for step in range(2000):
-        total = torch.full((7,), step + checkpoints.mesh.rank)
+    deadline = time.monotonic() + SOON_SECONDS
+    for step in itertools.count():
+        total = torch.tensor([step + checkpoints.mesh.rank, int(time.monotonic() > deadline)])
         torch.distributed.all_reduce(total)
         assert int(total[0]) == sum(step + rank for rank in range(checkpoints.mesh.size))
+        assert int(total[1]) == 0, "the save does not end"
         # One rank is slower than the other.
         time.sleep(0.002 * checkpoints.mesh.rank)
         under_way = checkpoints._background._under_way is not None

@@ -7,6 +7,8 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,29 +18,33 @@ import torch.distributed as dist
 from checkpoint_states import flip, names, state_at
 from support import run_distributed
 
-from partialfc.checkpoint import CheckpointError, CheckpointStore, RunLock, verifying
+from partialfc.checkpoint import CheckpointError, CheckpointStore, RunLock, lock, rounds, verifying
 from partialfc.distributed.mesh import ShardMesh
 
 HOST = socket.gethostname()
-TIMEOUT_SECONDS = 4
+LOOKS = 20  # of a slow rank at its clock, at each of which it is time for the next round
 
 
-def impatient_mesh() -> ShardMesh:
-    """All ranks, over a group whose collectives end soon."""
-    return ShardMesh.from_group(dist.new_group(timeout=timedelta(seconds=TIMEOUT_SECONDS)))
+@contextmanager
+def counted_rounds(slow_looks: int) -> Iterator[list[int]]:
+    """How often this rank meets the others, if the first bytes of its share take so many looks at the clock."""
+    met, meet, compare = [0], rounds.Rounds._meet, verifying.compare
 
-
-def read_slowly(patch: pytest.MonkeyPatch, *, seconds: float) -> None:
-    """As if the first bytes of a share took so long."""
-    compare, until = verifying.compare, time.monotonic() + seconds
+    def counted(self: rounds.Rounds, working: int) -> int:
+        met[0] += 1
+        return meet(self, working)
 
     def compare_slowly(*arguments: Any, on_bytes: Any) -> None:
-        while time.monotonic() < until:
-            time.sleep(0.1)
+        for _ in range(slow_looks):
             on_bytes(0)
         compare(*arguments, on_bytes=on_bytes)
 
-    patch.setattr(verifying, "compare", compare_slowly)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "_ROUND_SECONDS", 0.0)
+        patch.setattr(lock, "_POLL_SECONDS", 0.0)
+        patch.setattr(rounds.Rounds, "_meet", counted)
+        patch.setattr(verifying, "compare", compare_slowly)
+        yield met
 
 
 def said_by_all(error: CheckpointError) -> bool:
@@ -49,32 +55,56 @@ def said_by_all(error: CheckpointError) -> bool:
 
 
 def check_slow_rank(rank: int, world_size: int, directory: str) -> None:
-    ordinary = ShardMesh.from_group()
-    path = CheckpointStore(directory, mesh=ordinary).save(1, state_at(1, ordinary), metadata={})
-    checkpoints = CheckpointStore(directory, mesh=impatient_mesh())
-    with pytest.MonkeyPatch.context() as patch:
-        read_slowly(patch, seconds=TIMEOUT_SECONDS + 3 if rank == 1 else 0)
+    mesh = ShardMesh.from_group()
+    checkpoints = CheckpointStore(directory, mesh=mesh)
+    path = checkpoints.save(1, state_at(1, mesh), metadata={})
+    with counted_rounds(LOOKS if rank == 1 else 0) as met:
         assert checkpoints.latest() == path
+    assert met[0] >= LOOKS, "those that have ended meet the one that works"
 
 
-def test_ranks_wait_for_one_that_verifies_for_longer_than_a_collective_may_take(tmp_path: Path) -> None:
+def test_ranks_meet_one_that_verifies_for_long_all_the_while(tmp_path: Path) -> None:
     run_distributed(check_slow_rank, 3, str(tmp_path))
 
 
-def check_damage_beside_a_slow_rank(rank: int, world_size: int, directory: str) -> None:
+def check_slow_rank_in_time(rank: int, world_size: int, directory: str) -> None:
     ordinary = ShardMesh.from_group()
     path = CheckpointStore(directory, mesh=ordinary).save(1, state_at(1, ordinary), metadata={})
+    impatient = ShardMesh.from_group(dist.new_group(timeout=timedelta(seconds=20)))
+    compare, until = verifying.compare, time.monotonic() + (25 if rank == 1 else 0)
+
+    def compare_slowly(*arguments: Any, on_bytes: Any) -> None:
+        while time.monotonic() < until:
+            time.sleep(0.1)
+            on_bytes(0)
+        compare(*arguments, on_bytes=on_bytes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verifying, "compare", compare_slowly)
+        assert CheckpointStore(directory, mesh=impatient).latest() == path
+
+
+@pytest.mark.soak
+def test_ranks_wait_for_one_that_verifies_for_longer_than_a_collective_may_take(tmp_path: Path) -> None:
+    run_distributed(check_slow_rank_in_time, 3, str(tmp_path))
+
+
+def check_damage_beside_a_slow_rank(rank: int, world_size: int, directory: str) -> None:
+    mesh = ShardMesh.from_group()
+    checkpoints = CheckpointStore(directory, mesh=mesh)
+    path = checkpoints.save(1, state_at(1, mesh), metadata={})
     # The first rank's.
     largest, *_ = sorted(path.glob("[_.]*"), key=lambda file: -file.stat().st_size)
     dist.barrier()
     if rank == 0:
         flip(largest, 40, 3)
     dist.barrier()
-    checkpoints = CheckpointStore(directory, mesh=impatient_mesh())
-    with pytest.MonkeyPatch.context() as patch:
-        read_slowly(patch, seconds=TIMEOUT_SECONDS + 3 if rank == 1 else 0)
-        with pytest.raises(CheckpointError, match="1 checkpoints and none is good") as caught:
-            checkpoints.latest()
+    with (
+        counted_rounds(LOOKS if rank == 1 else 0) as met,
+        pytest.raises(CheckpointError, match="1 checkpoints and none is good") as caught,
+    ):
+        checkpoints.latest()
+    assert met[0] >= LOOKS
     assert f"\n  verifying {path}: rank 0 ({HOST}): {largest.name} has sha256" in str(caught.value)
     assert said_by_all(caught.value)
     assert not caught.value.passing
@@ -117,21 +147,22 @@ def test_what_a_killed_save_was_replacing_is_put_back_by_the_first_rank_for_all(
 
 
 def check_wait_for_a_lock(rank: int, world_size: int, directory: str) -> None:
-    refused, looks, lockf = round((TIMEOUT_SECONDS + 2) / 0.2), 0, fcntl.lockf
+    looks, lockf = 0, fcntl.lockf
 
     def busy(*arguments: Any) -> None:
         nonlocal looks
         looks += 1
-        if looks <= refused:
+        if looks <= LOOKS:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         lockf(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, counted_rounds(0) as met:
         patch.setattr(fcntl, "lockf", busy)
-        with RunLock(directory, mesh=impatient_mesh(), wait_seconds=300):
+        with RunLock(directory, mesh=ShardMesh.from_group(), wait_seconds=300):
             pass
-    assert looks == (refused + 1 if rank == 0 else 0)
+    assert looks == (LOOKS + 1 if rank == 0 else 0)
+    assert met[0] >= LOOKS
 
 
-def test_ranks_wait_while_the_first_waits_for_the_lock_for_longer_than_a_collective_may_take(tmp_path: Path) -> None:
+def test_ranks_meet_the_first_while_it_waits_for_the_lock(tmp_path: Path) -> None:
     run_distributed(check_wait_for_a_lock, 2, str(tmp_path))

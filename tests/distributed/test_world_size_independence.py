@@ -121,7 +121,7 @@ def check_against(mesh: ShardMesh, expected: dict[str, dict[str, Tensor]]) -> No
 def check_all_groups(rank: int, world_size: int, expected_file: Path) -> None:
     expected = torch.load(expected_file)
     # All groups before the first check: where one fails, ranks that wait for a new group would wait for long.
-    groups = [dist.new_group(list(ranks), timeout=timedelta(seconds=60)) for ranks in GROUPS]
+    groups = [dist.new_group(list(ranks), timeout=timedelta(seconds=600)) for ranks in GROUPS]
     for ranks, group in zip(GROUPS, groups, strict=True):
         if rank in ranks:
             check_against(ShardMesh.from_group(group), expected)

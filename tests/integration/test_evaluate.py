@@ -102,6 +102,16 @@ def test_a_run_may_have_been_moved(run: Path, tmp_path: Path) -> None:
     assert steps_of(run) == [2, 4]
 
 
+# The rank with the mistake may be ready long before the other.
+PATIENT = """
+import sys
+from partialfc.cli import run
+from partialfc.distributed import meeting
+meeting._TELL_SECONDS = 300.0
+run()
+"""
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -113,7 +123,7 @@ def test_what_is_wrong_on_one_rank_ends_all_with_one_message(
     run: Path, tmp_path: Path, override: str, message: str
 ) -> None:
     (tmp_path / "only_train" / "train").mkdir(parents=True)
-    right = [sys.executable, "-m", "partialfc.cli", "evaluate", str(run)]
+    right = [sys.executable, "-c", PATIENT, "evaluate", str(run)]
     with running_ranks(tmp_path, [right, [*right, override.format(tmp_path=tmp_path)]]) as ranks:
         assert ranks.ended() == [2, 2]
     said = ranks.errors(0) + ranks.errors(1)
@@ -130,9 +140,9 @@ def test_a_checkpoint_may_be_removed_while_it_is_read(
     shutil.copytree(run, going_on)
     load = CheckpointStore.load
 
-    def load_late(store: CheckpointStore, path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    def load_late(store: CheckpointStore, path: Path, state: dict[str, Any], *, verified: bool) -> dict[str, Any]:
         shutil.rmtree(going_on / "checkpoints" / "step-00000004", ignore_errors=True)
-        return load(store, path, state)
+        return load(store, path, state, verified=verified)
 
     monkeypatch.setattr(CheckpointStore, "load", load_late)
     assert evaluate_run(going_on, ["evaluation.num_pairs=40"])[0] == 2

@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 import yaml
 from clusters_doc import PAGE, ROOT, documented
-from support import free_port
+from support import SOON_SECONDS, free_port
 
 from partialfc.data import synthesize
 from partialfc.telemetry import read_metrics
 
-SECONDS = 150
 TESTS = ("integration/test_launch_commands.py", "slurm/test_slurm.py")
 
 
@@ -76,14 +75,14 @@ class Runner:
     def wait_for_losses(self, number: int, run: str = "run") -> None:
         start = time.monotonic()
         while len(self.losses(run)) < number:
-            assert time.monotonic() < start + SECONDS
+            assert time.monotonic() < start + SOON_SECONDS
             time.sleep(0.1)
 
 
 def end(process: subprocess.Popen[str], *, code: int = 0) -> str:
     """The output of a process that must end with `code`."""
     try:
-        output, _ = process.communicate(timeout=SECONDS)
+        output, _ = process.communicate(timeout=2 * SOON_SECONDS)
     finally:
         process.kill()
     assert process.returncode == code, output
@@ -133,15 +132,15 @@ def test_a_run_is_saved_when_the_session_ends(runner: Runner, number: signal.Sig
 
 
 def test_a_run_under_nohup_outlives_the_session(runner: Runner) -> None:
-    steps = 120
     # nohup itself would send the output to a file.
     command = "trap '' HUP; exec launch/torchrun.sh configs/quickstart.yaml\n"
-    process = runner.start(command, f"training.epochs={steps / 6}")
+    process = runner.start(command, "training.epochs=1000")
     runner.wait_for_losses(1)
     process.send_signal(signal.SIGHUP)
-    assert len(runner.losses()) < steps
-    assert "told to stop" not in end(process)
-    assert len(runner.losses()) == steps
+    # Heard, it would end the run within a step or two.
+    runner.wait_for_losses(len(runner.losses()) + 20)
+    process.send_signal(signal.SIGTERM)
+    assert end(process, code=85).count("told to stop by SIGTERM; saved") == 1
 
 
 def test_two_machines(runner: Runner) -> None:
@@ -156,7 +155,9 @@ def test_two_machines(runner: Runner) -> None:
 
 def test_a_mistake_of_the_user_is_not_tried_again(runner: Runner) -> None:
     output = runner.run("launch/torchrun.sh configs/quickstart.yaml\n", "trainin.epochs=1", code=2)
-    assert output.count("unknown key; did you mean 'training'?") == 1
+    # A rank that waits for another to come may note besides what it has to tell.
+    (said,) = re.findall(r"^partialfc: error.*(?:\n .*)*", output, re.MULTILINE)
+    assert "trainin: unknown key; did you mean 'training'?" in said
     assert (
         runner.run("launch/torchrun.sh configs/quickstart.yaml\n", code=2, NNODES="two").count("NNODES is 'two'") == 1
     )

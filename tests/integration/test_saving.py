@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from small_run import make_faces, set_back, steps_of, write_config
-from support import checkpoint_tensors
+from support import SOON_SECONDS, checkpoint_tensors
 
 from partialfc.assembly import assemble, open_inputs
 from partialfc.checkpoint import CheckpointStore, store
@@ -93,13 +93,13 @@ def test_a_killed_data_worker_ends_the_run_so_that_it_starts_again(
         wait_until(lambda: metrics.exists() and len(read_metrics(metrics)) > 2, training)
         workers = subprocess.run(["pgrep", "-P", str(training.pid)], capture_output=True, text=True, check=True)
         os.kill(int(workers.stdout.split()[0]), signal.SIGKILL)
-        _, errors = training.communicate(timeout=120)
+        _, errors = training.communicate(timeout=SOON_SECONDS)
     assert training.returncode == EXIT_RETRY
     assert "killed by SIGKILL" in errors
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + SOON_SECONDS
     while not condition():
         assert process.poll() is None
         assert time.monotonic() < deadline

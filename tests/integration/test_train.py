@@ -38,7 +38,7 @@ def _torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "-m", "partialfc.cli", *arguments], capture_output=True, text=True, timeout=240, env=environment
+        [*command, "-m", "partialfc.cli", *arguments], capture_output=True, text=True, timeout=600, env=environment
     )
 
 

@@ -70,7 +70,7 @@ def torchrun(ranks: int, *arguments: str) -> None:
         [*command, "-m", "partialfc.cli", *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,
     )

@@ -129,11 +129,11 @@ class Cluster:
         key.chmod(0o400)
         munge = [f"--{name}-file={directory}/munge.{name}" for name in ("key", "log", "pid", "seed")]
         self._start("munge", ["munged", "--foreground", "--force", f"--socket={directory}/munge.socket", *munge])
-        self.wait_for((directory / "munge.socket").exists, 20, lambda: self._log("munge.out"))
+        self.wait_for((directory / "munge.socket").exists, 240, lambda: self._log("munge.out"))
         self._start("slurmctld", ["slurmctld", "-D"])
         for node in NODES:
             self.start_node(node)
-        self.wait_for(self.all_idle, 60, lambda: self.run("sinfo", "-N", check=False) + self._log("slurmctld.log"))
+        self.wait_for(self.all_idle, 240, lambda: self.run("sinfo", "-N", check=False) + self._log("slurmctld.log"))
 
     def all_idle(self) -> bool:
         states = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split()

@@ -44,7 +44,7 @@ def quiet_cluster(cluster: Cluster) -> Any:
     for node in NODES:
         cluster.start_node(node)
         cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
-    cluster.wait_for(cluster.all_idle, 60, lambda: cluster.run("sinfo", "-N", "-l") + cluster.run("squeue"))
+    cluster.wait_for(cluster.all_idle, SECONDS, lambda: cluster.run("sinfo", "-N", "-l") + cluster.run("squeue"))
 
 
 class Job:
@@ -247,7 +247,8 @@ def test_a_cancelled_job_stays_cancelled(job: Job) -> None:
     time.sleep(15)  # a job that is queued again would begin after 11 seconds
     assert job.state == "CANCELLED"
     assert job.restarts == 0
-    assert job.checkpoints()[-1] % SAVE_EVERY != 0, "saved when told, not only at the interval"
+    (saved,) = re.findall(r"told to stop by SIGTERM; saved after step (\d+)", job.log)
+    assert job.checkpoints()[-1] == int(saved) == len(job.losses())
 
 
 def test_a_job_that_always_crashes_is_given_up(job: Job, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ store.write_state = slow
 checkpoints = CheckpointStore({str(tmp_path)!r}, mesh=ShardMesh.single())
 checkpoints.save(5, {{"a": torch.ones(3)}}, metadata={{}}, blocking=False)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
     checkpoints = open_store(tmp_path)
     path = checkpoints.latest()
     assert path is not None

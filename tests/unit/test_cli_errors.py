@@ -106,7 +106,7 @@ sys.exit(cli.main(["train", "not_there.yaml"]))
 
 
 def test_what_is_wrong_is_said_although_the_launcher_has_seen_another_rank_end() -> None:
-    done = subprocess.run([sys.executable, "-c", SAID_LATE], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", SAID_LATE], capture_output=True, text=True, timeout=300)
     assert done.returncode == EXIT_USER_ERROR
     assert "not_there.yaml" in done.stderr
     assert "told to stop" not in done.stderr

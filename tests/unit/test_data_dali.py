@@ -181,7 +181,7 @@ def threads():
 
 def left_besides(before):
     """The threads that stay; the system shows one for a moment after it was joined."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (left := threads() - before) and time.monotonic() < deadline:
         time.sleep(0.01)
     return left

@@ -413,7 +413,7 @@ def web(tmp_path):
 
 
 def settings(tmp_path):
-    return CacheSettings(directory=tmp_path / "cache", attempts=2, first_wait_seconds=0.01, timeout_seconds=5.0)
+    return CacheSettings(directory=tmp_path / "cache", attempts=2, first_wait_seconds=0.01, timeout_seconds=120.0)
 
 
 def test_tars_behind_urls(tmp_path, web):

@@ -26,7 +26,7 @@ from partialfc.data.synthesis import synthesize
 from partialfc.data.writer import SplitWriter
 
 NO_CHANGE = Augmentation(horizontal_flip=0.0)
-QUICK = CacheSettings(attempts=3, first_wait_seconds=0.0, timeout_seconds=5.0)
+QUICK = CacheSettings(attempts=3, first_wait_seconds=0.0, timeout_seconds=120.0)
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 
 
@@ -357,7 +357,7 @@ class Server(BaseHTTPRequestHandler):
             self.wfile.write(sent)
             self.wfile.flush()
             # At the end of a connection the client drops what nobody has read yet.
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while kind.taken < len(sent) and time.monotonic() < deadline:
                 time.sleep(0.005)
             self.connection.close()
@@ -420,7 +420,7 @@ def test_a_store_without_range_reads(remote, num_workers):
 )
 def test_trouble_that_passes_changes_nothing(remote, failures, breaks, attempts):
     split, local, handler = remote
-    cache = CacheSettings(attempts=attempts, first_wait_seconds=0.0, timeout_seconds=5.0)
+    cache = CacheSettings(attempts=attempts, first_wait_seconds=0.0, timeout_seconds=120.0)
     list(loader(split, cache=cache, shuffle_buffer=4))
     without = handler.requests
     handler.failures, handler.breaks = failures, breaks

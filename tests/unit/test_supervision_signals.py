@@ -47,7 +47,7 @@ def _running(body: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def _ended(process: subprocess.Popen[str], timeout: float = 20.0) -> tuple[int, str, str]:
+def _ended(process: subprocess.Popen[str], timeout: float = 120.0) -> tuple[int, str, str]:
     code = process.wait(timeout)  # what these processes write fits into their pipes
     assert process.stdout is not None
     assert process.stderr is not None
@@ -88,15 +88,48 @@ say("end")
 
 
 def test_an_early_warning_has_no_limit_until_the_order_follows():
-    body = "with StopSignals(grace_seconds=0.3) as signals:\n with signals.deferred():\n  say('ready'); time.sleep(60)"
+    body = """
+with StopSignals(grace_seconds=0.3) as signals:
+    with signals.deferred():
+        say("ready")
+        hear(signals)
+        say("warned")
+        time.sleep(600)
+"""
     with _running(body) as process:
         process.send_signal(signal.SIGUSR2)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "warned\n"
         time.sleep(1)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         code, _, errors = _ended(process)
     assert code == EXIT_STOPPED
     assert "told to stop by SIGUSR2, and the step did not end within 0.3 seconds" in errors
+
+
+def test_an_answered_signal_costs_nothing_more():
+    """Nobody looks for a moment that has passed over and over again."""
+    body = """
+import select
+looks, look = [], select.select
+def counted(*arguments):
+    looks.append(arguments[-1])
+    return look(*arguments)
+select.select = counted
+with StopSignals(grace_seconds=0.2) as signals:
+    with signals.deferred():
+        say("ready")
+        hear(signals)
+        signals.answered()
+        time.sleep(1)
+        say(str(sum(seconds == 0 for seconds in looks)))
+"""
+    with _running(body) as process:
+        process.send_signal(signal.SIGTERM)
+        code, output, _ = _ended(process)
+    assert code == 0
+    assert int(output) <= 1
 
 
 def test_a_step_that_does_not_end_is_left_with_its_stacks():
@@ -149,20 +182,24 @@ with StopSignals() as signals:
 
 def test_a_second_interrupt_leaves_but_one_keystroke_heard_twice_does_not():
     body = """
+clock = [100.0]
+time.monotonic = lambda: clock[0]  # goes on with signals alone
 with StopSignals(grace_seconds=60) as signals:
+    hear_one = signals._hear
+    def heard(number):
+        hear_one(number)
+        clock[0] += 1.5
+        say("heard")
+    signals._hear = heard
     with signals.deferred():
         say("ready")
-        hear(signals)
-        say("heard")
-        time.sleep(60)
+        time.sleep(600)
 """
     with _running(body) as process:
-        process.send_signal(signal.SIGINT)
         assert process.stdout is not None
-        assert process.stdout.readline() == "heard\n"
-        process.send_signal(signal.SIGINT)
-        time.sleep(2.2)
-        assert process.poll() is None
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "heard\n"
         process.send_signal(signal.SIGINT)
         code, _, errors = _ended(process)
     assert code == EXIT_STOPPED
@@ -252,8 +289,8 @@ time.sleep(60)
 def test_a_process_whose_agent_died_while_python_started_leaves():
     with subprocess.Popen(["true"]) as dead:
         pass
-    with _running("with StopSignals() as signals:\n say('ready'); time.sleep(60)", **{AGENT: str(dead.pid)}) as process:
-        assert process.wait(10) == EXIT_RETRY
+    command = [sys.executable, "-c", f"{PRELUDE}with StopSignals():\n time.sleep(600)"]
+    assert subprocess.run(command, env={**os.environ, AGENT: str(dead.pid)}, timeout=120).returncode == EXIT_RETRY
 
 
 def test_handlers_are_put_back():
@@ -271,7 +308,7 @@ say("ready")
 
 
 LEAVES = """
-import atexit, multiprocessing, sys, time
+import atexit, multiprocessing, os, signal, sys, time
 from partialfc.supervision.exit_codes import leave
 
 class Held:
@@ -282,6 +319,7 @@ held = Held()
 if sys.argv[1:]:
     multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)).start()
 atexit.register(print, "cleaned up")
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)  # a scheduler that tells it too late
 print("said", end=" ")
 leave(75)
 """

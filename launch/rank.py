@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from agent import FINAL
 
@@ -16,19 +17,23 @@ from partialfc.cli import main as partialfc
 from partialfc.supervision.exit_codes import EXIT_OK, EXIT_USER_ERROR, leave
 
 
-def main(arguments: list[str]) -> int:
-    """Runs one command of `partialfc`; returns the exit code for torchrun."""
+def main(arguments: list[str]) -> NoReturn:
+    """Runs one command of `partialfc`, and ends with its exit code."""
     final = Path(os.environ[FINAL])
+
+    def end(code: int) -> NoReturn:
+        if code == EXIT_USER_ERROR:
+            final.touch()
+        leave(code)
+
     if final.exists():
-        return EXIT_OK
+        leave(EXIT_OK)
     try:
-        code = partialfc(arguments)
-    except SystemExit as exit_:  # argparse
-        code = exit_.code if isinstance(exit_.code, int) else EXIT_USER_ERROR
-    if code == EXIT_USER_ERROR:
-        final.touch()
-    return code
+        partialfc(arguments, at_end=end)
+    except SystemExit as exit_:  # of argparse, or of a process on its own that ends
+        end(exit_.code if isinstance(exit_.code, int) else EXIT_USER_ERROR)
+    raise AssertionError("a command that has neither ended nor failed")
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    main(sys.argv[1:])

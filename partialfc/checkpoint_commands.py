@@ -58,17 +58,18 @@ def _newest(path: Path) -> Path:
 
 
 def _export_centers(options: argparse.Namespace) -> int:
+    from partialfc.checkpoint.inspection import summarize
     from partialfc.checkpoint.rewriting import check_export, export_rows
     from partialfc.telemetry import ProgressBar
 
     path = _newest(options.path)
     check_export(options.out)
+    metadata, task = summarize(path, contents=False).metadata, options.task
+    if metadata and task not in metadata.get("tasks", []):  # without it the manifest is damaged, which is told below
+        raise ValueError(f"--task is {task}, but {path} has {', '.join(metadata.get('tasks', [])) or 'none'}")
     (found,) = _verified([path])
     if found.damage is not None:
         return _report([found])
-    metadata, task = found.metadata, options.task
-    if task not in metadata.get("tasks", []):
-        raise ValueError(f"--task is {task}, but {found.path} has {', '.join(metadata.get('tasks', [])) or 'none'}")
     num_classes = metadata["num_classes" if task == "main" else f"{task}/num_classes"]
     facts = {
         "checkpoint": str(found.path),

@@ -7,10 +7,9 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
 
 from partialfc.checkpoint_commands import add_checkpoint_commands
 from partialfc.data_commands import add_data_commands
@@ -22,21 +21,27 @@ from partialfc.supervision.signals import StopSignals
 __all__ = ["main", "run"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, at_end: Callable[[int], None] = lambda code: None) -> int:
     """Runs one command; returns its exit code, one of `partialfc.supervision.exit_codes`.
 
     A user's mistake is one message on standard error, and one of ours a traceback.
+
+    Args:
+        arguments: of the command line; None for those of this process.
+        at_end: called with the exit code, while a signal can no longer change it; it need not return.
     """
     options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     # Before torch is imported, which takes seconds.
     with StopSignals() if options.command == _train else nullcontext() as signals:
-        return _run(options, signals)
+        code = _run(options, signals)
+        at_end(code)
+    return code
 
 
-def run() -> NoReturn:
-    """The `partialfc` command."""
-    leave(main())
+def run() -> None:
+    """The `partialfc` command, which does not return."""
+    main(at_end=leave)
 
 
 def _run(options: argparse.Namespace, signals: StopSignals | None) -> int:
@@ -101,9 +106,10 @@ def _train(options: argparse.Namespace, signals: StopSignals) -> None:
     from partialfc.evaluate import result_table
     from partialfc.train import train
 
-    with getting_ready(on_refusal=signals.answered):
+    with getting_ready(on_refusal=signals.defer):
         config = load_config(options.config, options.overrides)
     trained = train(config, signals=signals)
+    signals.answered()
     if rank_from_environment() == 0 and trained.verifications:
         print(result_table(trained.verifications))
 

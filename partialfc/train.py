@@ -66,13 +66,13 @@ def train(config: Config, *, signals: StopSignals | None = None) -> Trained:
         RendezvousError: on all ranks, if they do not meet; see `partialfc.distributed.meeting`.
     """
     settings = config.supervision
-    signals = signals or StopSignals()  # one that nobody has entered hears nothing
+    signals = signals or StopSignals()  # those who ask it need not know whether anybody listens
     signals.grace_seconds = settings.grace_seconds
     with (
         process_group(
             config.run.device,
             timeout_seconds=settings.collective_timeout_seconds,
-            on_refusal=signals.answered,
+            on_refusal=signals.defer,
         ) as (mesh, device),
         Supervisor(
             mesh,

@@ -27,6 +27,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 IDENTITIES, IMAGES_PER_IDENTITY, GLOBAL_BATCH = 24, 4, 16
 STEPS, SAVE_EVERY, KEPT = 40, 5, 2
+ORPHAN_SECONDS = 120.0  # that processes may outlive their agent: on a busy machine, and below any limit of the run
 _SECONDS = 300.0  # for whatever should happen soon, on a busy machine
 _MARK = "KILLED_RUN"
 _STORM = 346  # another number is another storm
@@ -215,7 +216,7 @@ class Training:
             self.end()
         aftermath.in_save = any(path not in leftovers for path in self._saves.glob("tmp-[0-9]*"))
         if kill.kind == "agent":
-            self.until(lambda: not self.processes(), every_seconds=0.05)
+            self.until(lambda: not self.processes(), seconds=ORPHAN_SECONDS, every_seconds=0.05)
             aftermath.orphan_seconds = time.monotonic() - self._killed_at
         if kill.kind in ("agent", "all"):
             self._agent.wait()

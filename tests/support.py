@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SOON_SECONDS = 300.0  # for whatever should happen soon: several processes import torch on a busy machine
+_LONGEST_SECONDS = 900.0  # without the end of a rank
 _PORTS = random.SystemRandom()  # others seed what `random` draws from
 
 
@@ -118,14 +119,21 @@ def run_distributed(function: Callable[..., None], world_size: int, *args: Any) 
         process.start()
     reports, running = [], {process.sentinel for process in processes}
     while running:
-        ready = wait([errors._reader, *running])
+        ready = wait([errors._reader, *running], _LONGEST_SECONDS)
+        if not ready:
+            reports.append(f"{len(running)} ranks have not ended")
+            break
         # Before it ends: what a rank has to say may be more than a pipe holds.
         if errors._reader in ready:
             reports.append(errors.get())
         else:
             running.difference_update(ready)
     for process in processes:
+        if reports:
+            process.kill()
         process.join()
+    while not errors.empty():
+        reports.append(errors.get())
     assert not reports, "\n".join(reports)
     assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
 

@@ -46,7 +46,7 @@ def reshard(path: Path, out: Path, *, num_ranks: int, on_bytes: OnBytes = lambda
         OSError: if it cannot be written.
     """
     check_reshard(path, out, num_ranks=num_ranks)
-    step, source = step_of(path), StoredState(path)
+    step, source = step_of(path.absolute()), StoredState(path)
     assert step is not None, path
     directory = CheckpointDirectory(out, keep_last=1, keep_best=False)
     metadata = {**Manifest.read(path).metadata, "world_size": num_ranks}
@@ -63,10 +63,15 @@ def reshard(path: Path, out: Path, *, num_ranks: int, on_bytes: OnBytes = lambda
 
 
 def check_reshard(path: Path, out: Path, *, num_ranks: int) -> None:
-    """Whether `reshard` could begin: it takes no time, other than to verify the checkpoint before.
+    """Refuses what `reshard` would refuse, without reading the checkpoint.
+
+    Args:
+        path: of a committed checkpoint.
+        out: as of `reshard`.
+        num_ranks: as of `reshard`.
 
     Raises:
-        ValueError: as there.
+        ValueError: if `num_ranks` is out of its range, or `out` has a checkpoint of that step.
     """
     if not 1 <= num_ranks <= _MOST_RANKS:
         raise ValueError(f"--ranks is {num_ranks}, but must be from 1 to {_MOST_RANKS}")
@@ -179,10 +184,14 @@ def export_rows(
 
 
 def check_export(out: Path) -> None:
-    """Whether `export_rows` could begin: it takes no time, other than to verify the checkpoint before.
+    """Refuses what `export_rows` would refuse, without reading the checkpoint.
+
+    Args:
+        out: as of `export_rows`.
 
     Raises:
-        ValueError: if a file is there already, or `out` has another name or place than it may have.
+        ValueError: if it does not end in .npy, is inside of a checkpoint, its directory is missing, or it or the .json
+            file beside it is there already.
     """
     if out.suffix != ".npy":
         raise ValueError(f"--out is {out}, but must end in .npy")

@@ -174,8 +174,8 @@ class CheckpointStore:
             path: a committed directory, such as `latest()` gives.
             state: laid out as when saved; DTensors may be sharded otherwise, or be whole tensors. Tensors are filled in
                 place, other leaves are replaced. Top-level keys may be left out; below them everything must be there.
-            verified: whether `latest()` or `best()` has just given this path, so that its bytes need not be compared
-                once more, which for a large one takes minutes.
+            verified: whether `latest()` or `best()` has just given this path, so that its bytes are not compared once
+                more, which for a large one takes minutes. What was damaged since is then loaded, if it can be read.
 
         Returns:
             The metadata of the checkpoint.

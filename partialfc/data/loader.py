@@ -117,9 +117,6 @@ class WholeBatchLoader:
             # They may leave a request to end to this process, which is about to wait for their end.
             for worker in workers:
                 worker.kill()
-            if workers:
-                # One that was killed as it looked at this event has its lock for ever, and torch would wait for it.
-                batches._workers_done_event = threading.Event()
             # An error refers to this frame: with these names, to itself and to the processes of torch too.
             del batch, batches, workers
 
@@ -129,7 +126,11 @@ class WholeBatchLoader:
         in_main_thread = threading.current_thread() is threading.main_thread()
         # What the system takes for the end of the parent is that of the thread which has started a worker.
         self._loader.worker_init_fn = _start_worker_bound if in_main_thread else _start_worker
-        batches = iter(self._loader)
+        batches: Any = iter(self._loader)
+        if self._loader.num_workers:
+            # A worker that is killed as it looks at this event has its lock for ever, and torch would wait for it.
+            batches._event_of_workers = batches._workers_done_event  # to stay, for those that are starting
+            batches._workers_done_event = threading.Event()
         if in_main_thread:
             # torch raises from this signal, wherever the program is at the moment. Here `_next` looks for the dead.
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)

@@ -32,7 +32,7 @@ def process_group(
     Args:
         device: "cpu", "cuda", or "auto" for CUDA where there is one.
         timeout_seconds: to wait for all processes to come, and later for one of them in a collective.
-        on_refusal: called when all know that some cannot start, before any of them ends.
+        on_refusal: called when this process knows that some cannot start, before any of them ends.
 
     Raises:
         ValueError: if the launcher's variables contradict each other, or CUDA is asked for and this process, on its

@@ -28,10 +28,6 @@ _LOOK_SECONDS = 0.2
 _LONGEST_TEXT = 4000
 _OF_USERS = (ValueError, OSError, ImportError)
 
-# Called when it is known what this process ends with, and before the others may end: a launcher that sees one of them
-# end tells the rest to stop, of which one has the message to say.
-OnRefusal = Callable[[], None]
-
 
 class RendezvousError(RuntimeError):
     """The launched processes did not all find each other, or some cannot start.
@@ -47,11 +43,12 @@ class RendezvousError(RuntimeError):
 
 
 @contextmanager
-def getting_ready(*, on_refusal: OnRefusal = lambda: None) -> Iterator[None]:
+def getting_ready(*, on_refusal: Callable[[], None] = lambda: None) -> Iterator[None]:
     """What a launched process does before it joins `process_group`: if that fails, those who wait for it are told.
 
     Args:
-        on_refusal: called when all know, before any of them ends.
+        on_refusal: called when this process knows what all raise, before any of them ends: a launcher that sees one end
+            tells the others to stop, of which one has the message to say.
 
     Raises:
         RendezvousError: on all launched processes, instead of the error of some. A process on its own, or one that
@@ -70,7 +67,11 @@ def getting_ready(*, on_refusal: OnRefusal = lambda: None) -> Iterator[None]:
 
 
 def tell(
-    place: Launched, error: Exception, *, timeout_seconds: float = _TELL_SECONDS, on_refusal: OnRefusal = lambda: None
+    place: Launched,
+    error: Exception,
+    *,
+    timeout_seconds: float = _TELL_SECONDS,
+    on_refusal: Callable[[], None] = lambda: None,
 ) -> RendezvousError | None:
     """Tells the others, which are in `meet` or on their way, why this process does not come.
 
@@ -78,7 +79,8 @@ def tell(
         place: of this process.
         error: why.
         timeout_seconds: to wait for rank 0, and for all to come.
-        on_refusal: called when all know, before any of them ends.
+        on_refusal: called when this process knows what all raise, before any of them ends: a launcher that sees one end
+            tells the others to stop, of which one has the message to say.
 
     Returns:
         What all raise; None if nobody was found.
@@ -92,13 +94,13 @@ def tell(
     return roll.cannot_come(error, deadline)
 
 
-def meet(place: Launched, timeout: timedelta, *, on_refusal: OnRefusal = lambda: None) -> Store:
+def meet(place: Launched, timeout: timedelta, *, on_refusal: Callable[[], None] = lambda: None) -> Store:
     """A store that all processes have reached, for this start of theirs alone.
 
     Args:
         place: of this process.
         timeout: to wait for all.
-        on_refusal: called when all know that some cannot start, before any of them ends.
+        on_refusal: as of `getting_ready`.
 
     Raises:
         RendezvousError: if not all come in time, or some cannot start; it names them.
@@ -196,7 +198,7 @@ class _Roll:
         store: of this meeting. The agent of torchrun may keep what is around it for a later start, which has another.
     """
 
-    def __init__(self, place: Launched, deadline: _Deadline, on_refusal: OnRefusal) -> None:
+    def __init__(self, place: Launched, deadline: _Deadline, on_refusal: Callable[[], None]) -> None:
         self._place, self._all_meetings = place, _open_store(place, deadline)
         self._on_refusal = on_refusal
         try:

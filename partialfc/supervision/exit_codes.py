@@ -5,33 +5,19 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import os
-import signal
 import sys
 from contextlib import suppress
 from typing import NoReturn
 
 from partialfc.distributed.ranks import launched
 
-__all__ = [
-    "EXIT_BUG",
-    "EXIT_OK",
-    "EXIT_RETRY",
-    "EXIT_STOPPED",
-    "EXIT_USER_ERROR",
-    "STOP_SIGNALS",
-    "leave",
-    "leave_at_once",
-    "say",
-]
+__all__ = ["EXIT_BUG", "EXIT_OK", "EXIT_RETRY", "EXIT_STOPPED", "EXIT_USER_ERROR", "leave", "leave_at_once", "say"]
 
 EXIT_OK = 0
 EXIT_BUG = 1  # A fault of the program, with a traceback.
 EXIT_USER_ERROR = 2  # A start with the same configuration and data would end the same way.
 EXIT_RETRY = 75  # A rank hangs, died, or cannot be reached: start again. (EX_TEMPFAIL of sysexits.h)
 EXIT_STOPPED = 85  # Told to stop: start again to go on.
-
-# Not SIGUSR1, which NCCL may use for itself.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 _STANDARD_ERROR = 2
 
@@ -58,8 +44,6 @@ def leave(code: int) -> NoReturn:
 
     Gloo may still be giving a tensor back in a thread of its own, which would abort the process then.
     """
-    for number in STOP_SIGNALS:  # it is told already how this has ended
-        signal.signal(number, signal.SIG_IGN)
     several = False
     with suppress(ValueError):
         several = launched(os.environ).world_size > 1

@@ -19,11 +19,14 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from partialfc.distributed.ranks import launched
-from partialfc.supervision.exit_codes import EXIT_RETRY, EXIT_STOPPED, STOP_SIGNALS, leave_at_once, say
+from partialfc.supervision.exit_codes import EXIT_RETRY, EXIT_STOPPED, leave_at_once, say
 
-__all__ = ["AGENT", "StopSignals"]
+__all__ = ["AGENT", "STOP_SIGNALS", "StopSignals"]
 
 AGENT = "PARTIALFC_AGENT"  # the environment variable with the process number of launch/agent.py
+
+# Not SIGUSR1, which NCCL may use for itself.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 _LOOK_EVERY_SECONDS = 1.0
 # One Ctrl-C arrives twice under torchrun: from the terminal, and handed on by the agent.
@@ -91,16 +94,22 @@ class StopSignals:
 
         An error keeps it so to the end of the program, within the grace: what is to be said of it, is said.
         """
-        with self._lock:
-            self._deferred = True
+        self.defer()
         yield
         with self._lock:
             self._deferred = False
             if self.received and not self._answered:
                 self._leave()
 
+    def defer(self) -> None:
+        """From here on a signal waits, within the grace: this process has something to say before it ends."""
+        with self._lock:
+            self._deferred = True
+
     def answered(self) -> None:
-        """How this process ends is known. What is left to do may take its time; further signals change nothing."""
+        """How this process ends is known, and what is left to do may take its time: of signals, only a second Ctrl-C
+        changes that.
+        """
         with self._lock:
             self._answered = True
             self._deadline = float("inf")

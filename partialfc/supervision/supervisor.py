@@ -78,7 +78,7 @@ class Supervisor:
     ) -> None:
         if error is not None:
             # Before another rank can end: a launcher that sees it tells this one to stop, which may have the message.
-            self._signals.answered()
+            self._signals.defer()
         if error is not None and not is_agreed(error):
             if _is_of_communication(error):
                 self._watchdog.communication_failed(first_line(error))

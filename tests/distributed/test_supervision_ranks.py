@@ -30,7 +30,8 @@ directory, limit = Path(sys.argv[1]), float(sys.argv[2])
 def say(text):
     os.write(1, (text + "\\n").encode())
 
-def hangs_count_once(condition):
+def limit_hangs_when(condition):
+    # Not from the start: until then a busy machine may take any time.
     def wait():
         while not condition():
             time.sleep(0.01)
@@ -128,7 +129,7 @@ def load(rank, step):
         time.sleep(600)
     if step == 5:
         calls = TRAIL.calls.total()
-        hangs_count_once(lambda: TRAIL.calls.total() > calls)
+        limit_hangs_when(lambda: TRAIL.calls.total() > calls)
 """
     steps = STEPS.replace("if step == 3", f"if step == 3 and rank != {culprit}")
     with _running(tmp_path, _program(steps, PATIENT + load), ranks=2, limit=600) as ranks:
@@ -156,7 +157,7 @@ def test_a_stopped_rank_is_named_by_the_others(tmp_path, culprit, elsewhere):
     compute = """
 def compute(rank, step):
     if step == 3:
-        hangs_count_once((directory / "stopped").exists)
+        limit_hangs_when((directory / "stopped").exists)
 """
     with _running(tmp_path, _program(STEPS, blind * elsewhere + compute), ranks=2, limit=600) as ranks:
         ranks.wait_until_ready()

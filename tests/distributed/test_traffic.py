@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
-from support import run_distributed
+from support import SOON_SECONDS, run_distributed
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 from traffic import CountCollectives
@@ -165,7 +165,7 @@ def check_overlap(rank: int, world_size: int, directory: Path) -> None:
     def late_step() -> None:
         loss = heads(embeddings, {"main": torch.arange(BATCH)})
         if rank == 1:
-            _get_default_store().wait([TellingSGD.key], timedelta(seconds=60))
+            _get_default_store().wait([TellingSGD.key], timedelta(seconds=SOON_SECONDS))
         loss.backward()
 
     found = tool.trace(late_step, directory / f"trace{rank}.json")

@@ -126,9 +126,13 @@ def test_a_signal_in_each_phase_and_in_the_end_the_run_is_as_if_undisturbed(
         with _running(_train(config), tmp_path) as process:
             _wait(lambda due=due, pid=process.pid: due(pid), process)
             process.send_signal(number)
+            at = _lines(run, "loss")
             code = process.wait(SOON_SECONDS)
         message, done = (tmp_path / "stderr").read_text(), _lines(run, "loss")
         saved = _as_it_should_end(run, code, number, before=before, message=f"{phase}: {message}")
+        # A few more steps may be made until it is heard.
+        assert code == EXIT_STOPPED or at >= STEPS - 5, f"{phase}: the signal was lost"
+        assert saved or not before < at < STEPS - 5, f"{phase}: {message}"
         if saved != (phase in {"steps", "save", "evaluation"}):
             missed.append(phase)
     # On a busy machine this process may sleep through a moment.

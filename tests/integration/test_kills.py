@@ -14,6 +14,7 @@ from kill_storm import (
     IDENTITIES,
     IMAGES_PER_IDENTITY,
     KEPT,
+    ORPHAN_SECONDS,
     SAVE_EVERY,
     STEPS,
     Plan,
@@ -84,7 +85,7 @@ def _run(directory: Path, plan: Plan, undisturbed: Undisturbed, records: Path) -
         for kill in plan.kills:
             training.kill(kill, undisturbed.start_seconds)
         assert training.finish() == 0, training.log.read_text()[-8000:]
-        training.until(lambda: not training.processes())
+        training.until(lambda: not training.processes(), seconds=ORPHAN_SECONDS)
         _check(training, undisturbed)
     except BaseException as error:
         error.add_note(f"{plan}\n{training.log.read_text()[-8000:]}")

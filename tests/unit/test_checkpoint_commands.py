@@ -185,8 +185,12 @@ def test_export_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert message in capsys.readouterr().err
     # What needs no reading is refused before gigabytes are read; those of a damaged one would be told first.
     damage(run / "checkpoints" / "step-00000014" / "__0_0.distcp")
-    assert main([*export, "--out", str(tmp_path / "there.npy")]) == 2
-    assert "there.json exists" in capsys.readouterr().err
+    for arguments, message in [
+        (["--out", str(tmp_path / "there.npy")], "there.json exists"),
+        (["--out", str(tmp_path / "x.npy"), "--task", "other"], "--task is other, but"),
+    ]:
+        assert main([*export, *arguments]) == 2
+        assert message in capsys.readouterr().err
     # The newest is damaged: it is not silently another one that is exported.
     assert main([*export, "--out", str(tmp_path / "x.npy")]) == 1
     assert "step-00000014 is damaged: __0_0.distcp has sha256" in capsys.readouterr().err
@@ -227,6 +231,13 @@ def test_reshard(tmp_path: Path, num_ranks: int, small_pieces: int, monkeypatch:
     # And back again.
     again = rewriting.reshard(copy, tmp_path / "again", num_ranks=1)
     store.load(again, state)
+
+
+def test_a_checkpoint_may_be_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_with(tmp_path / "run", head_of(), 7)
+    monkeypatch.chdir(run / "checkpoints" / "step-00000007")
+    assert main(["checkpoint", "reshard", ".", "--ranks", "2", "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["step-00000007"]
 
 
 def test_reshard_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

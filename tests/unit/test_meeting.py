@@ -153,9 +153,12 @@ class Meeting:
 
     def wait_for(self, rank: int) -> None:
         """Until it is there."""
+        self.store().wait([f"meeting 0/here/{rank}"])
+
+    def store(self) -> TCPStore:
+        """As any of the ranks reaches it."""
         port = self.places[0].port
-        store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
-        store.wait([f"meeting 0/here/{rank}"])
+        return TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
 
     def come(
         self, rank: int, *, seconds: float = 60.0, **options: Callable[[], None]
@@ -231,24 +234,16 @@ def test_all_stay_until_the_last_has_read(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_none_ends_before_each_has_done_what_it_must_before() -> None:
-    """It stops to listen to signals, say: a launcher that sees one end tells the others to end too."""
-    meeting, asked, go_on = Meeting(2), threading.Event(), threading.Event()
+    """It lets signals wait, say: a launcher that sees one end tells the others to end too."""
+    for culprit in range(2):
+        meeting, all_may_end = Meeting(2), []
 
-    def answer() -> None:
-        asked.set()
-        go_on.wait(60)
+        def answer(meeting: Meeting = meeting, all_may_end: list[bool] = all_may_end) -> None:
+            all_may_end.append(meeting.store().check(["meeting 0/all read"]))
 
-    for ranks in (
-        lambda: [meeting.tell(0, UNKNOWN), meeting.come(1, on_refusal=answer)],
-        lambda: [meeting.tell(0, UNKNOWN, on_refusal=answer), meeting.come(1)],
-    ):
-        started = ranks()
-        assert asked.wait(60)
-        assert wait(started, timeout=0.5).done == set()
-        go_on.set()
-        assert _said(*started) == {(True, True, f"rank 0 ({HOST}): head.margin: unknown")}
-        asked.clear()
-        go_on.clear()
+        ranks = [meeting.tell(culprit, UNKNOWN, on_refusal=answer), meeting.come(1 - culprit, on_refusal=answer)]
+        assert _said(*ranks) == {(True, True, f"rank {culprit} ({HOST}): head.margin: unknown")}
+        assert all_may_end == [False, False]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import torch
 
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.supervision.agreement import agree, exit_code_of
-from partialfc.supervision.exit_codes import EXIT_RETRY
+from partialfc.supervision.exit_codes import EXIT_RETRY, EXIT_STOPPED
 from partialfc.supervision.heartbeats import Beat, Place, suspects
 from partialfc.supervision.preflight import clock_warning, disagreements, preflight
 from partialfc.supervision.signals import StopSignals
@@ -155,12 +155,13 @@ from partialfc.supervision.signals import StopSignals
 
 def others_have_ended(values, mesh, **_):
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.5)
+    while not signals.received or sys.argv[2] == "or hang":
+        time.sleep(0.01)
     return values
 
 supervisor.is_agreed = lambda error: True
 supervisor.max_over_ranks = others_have_ended
-with StopSignals() as signals:
+with StopSignals(grace_seconds=0.5 if sys.argv[2] == "or hang" else 300) as signals:
     try:
         with supervisor.Supervisor(
             ShardMesh.single(), directory=Path(sys.argv[1]), hang_timeout_seconds=60, signals=signals
@@ -172,9 +173,16 @@ with StopSignals() as signals:
 
 
 def test_a_rank_with_a_message_to_say_is_not_stopped_by_the_end_of_the_others(tmp_path: Path):
-    command = [sys.executable, "-c", TOLD_TO_STOP, str(tmp_path)]
+    command = [sys.executable, "-c", TOLD_TO_STOP, str(tmp_path), ""]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "no such disk\n", "")
+
+
+def test_its_grace_holds_all_the_same(tmp_path: Path):
+    command = [sys.executable, "-c", TOLD_TO_STOP, str(tmp_path), "or hang"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == EXIT_STOPPED
+    assert "told to stop by SIGTERM, and the step did not end within 0.5 seconds" in done.stderr
 
 
 def _raise(error: Exception) -> None:
@@ -317,6 +325,7 @@ def test_data_workers_end_with_a_rank_that_is_killed():
     finally:
         parent.kill()
         parent.wait()
+    # torch looks at the parent every few seconds, which is switched off here: without ours they live on.
     deadline = time.monotonic() + 60
     try:
         while any(worker.state() != "Z" for worker in workers):

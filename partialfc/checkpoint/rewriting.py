@@ -45,8 +45,8 @@ def reshard(path: Path, out: Path, *, num_ranks: int, on_bytes: OnBytes = lambda
         ValueError: if `num_ranks` is below 1, or `out` has a checkpoint of that step.
         OSError: if it cannot be written.
     """
-    check_reshard(path, out, num_ranks=num_ranks)
-    step, source = step_of(path.absolute()), StoredState(path)
+    copy = check_reshard(path, out, num_ranks=num_ranks)
+    step, source = step_of(copy), StoredState(path)
     assert step is not None, path
     directory = CheckpointDirectory(out, keep_last=1, keep_best=False)
     metadata = {**Manifest.read(path).metadata, "world_size": num_ranks}
@@ -59,16 +59,19 @@ def reshard(path: Path, out: Path, *, num_ranks: int, on_bytes: OnBytes = lambda
     except BaseException:
         remove(temporary)
         raise
-    return directory.path_of(step)
+    return copy
 
 
-def check_reshard(path: Path, out: Path, *, num_ranks: int) -> None:
+def check_reshard(path: Path, out: Path, *, num_ranks: int) -> Path:
     """Refuses what `reshard` would refuse, without reading the checkpoint.
 
     Args:
         path: of a committed checkpoint.
         out: as of `reshard`.
         num_ranks: as of `reshard`.
+
+    Returns:
+        Where the copy will be.
 
     Raises:
         ValueError: if `num_ranks` is out of its range, or `out` has a checkpoint of that step.
@@ -78,6 +81,7 @@ def check_reshard(path: Path, out: Path, *, num_ranks: int) -> None:
     copy = out / path.absolute().name
     if copy.exists():
         raise ValueError(f"{copy} exists; give another --out")
+    return copy
 
 
 def reshard_bytes(path: Path) -> int:

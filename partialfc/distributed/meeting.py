@@ -79,8 +79,7 @@ def tell(
         place: of this process.
         error: why.
         timeout_seconds: to wait for rank 0, and for all to come.
-        on_refusal: called when this process knows what all raise, before any of them ends: a launcher that sees one end
-            tells the others to stop, of which one has the message to say.
+        on_refusal: as of `getting_ready`.
 
     Returns:
         What all raise; None if nobody was found.

@@ -7,7 +7,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -26,24 +26,33 @@ LOOKS = 20  # of a slow rank at its clock, at each of which it is time for the n
 
 
 @contextmanager
-def counted_rounds(slow_looks: int) -> Iterator[list[int]]:
-    """How often this rank meets the others, if the first bytes of its share take so many looks at the clock."""
-    met, meet, compare = [0], rounds.Rounds._meet, verifying.compare
+def slow_comparing(looks: Iterable[object]) -> Iterator[None]:
+    """The first bytes of this rank's share take these looks at the clock, one after the other."""
+    compare = verifying.compare
+
+    def compare_slowly(*arguments: Any, on_bytes: Any) -> None:
+        for _ in looks:
+            on_bytes(0)
+        compare(*arguments, on_bytes=on_bytes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verifying, "compare", compare_slowly)
+        yield
+
+
+@contextmanager
+def counted_rounds() -> Iterator[list[int]]:
+    """How often this rank meets the others, if it is time for that at each look at the clock."""
+    met, meet = [0], rounds.Rounds._meet
 
     def counted(self: rounds.Rounds, working: int) -> int:
         met[0] += 1
         return meet(self, working)
 
-    def compare_slowly(*arguments: Any, on_bytes: Any) -> None:
-        for _ in range(slow_looks):
-            on_bytes(0)
-        compare(*arguments, on_bytes=on_bytes)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounds, "_ROUND_SECONDS", 0.0)
         patch.setattr(lock, "_POLL_SECONDS", 0.0)
         patch.setattr(rounds.Rounds, "_meet", counted)
-        patch.setattr(verifying, "compare", compare_slowly)
         yield met
 
 
@@ -58,7 +67,7 @@ def check_slow_rank(rank: int, world_size: int, directory: str) -> None:
     mesh = ShardMesh.from_group()
     checkpoints = CheckpointStore(directory, mesh=mesh)
     path = checkpoints.save(1, state_at(1, mesh), metadata={})
-    with counted_rounds(LOOKS if rank == 1 else 0) as met:
+    with counted_rounds() as met, slow_comparing(range(LOOKS if rank == 1 else 0)):
         assert checkpoints.latest() == path
     assert met[0] >= LOOKS, "those that have ended meet the one that works"
 
@@ -71,16 +80,8 @@ def check_slow_rank_in_time(rank: int, world_size: int, directory: str) -> None:
     ordinary = ShardMesh.from_group()
     path = CheckpointStore(directory, mesh=ordinary).save(1, state_at(1, ordinary), metadata={})
     impatient = ShardMesh.from_group(dist.new_group(timeout=timedelta(seconds=20)))
-    compare, until = verifying.compare, time.monotonic() + (25 if rank == 1 else 0)
-
-    def compare_slowly(*arguments: Any, on_bytes: Any) -> None:
-        while time.monotonic() < until:
-            time.sleep(0.1)
-            on_bytes(0)
-        compare(*arguments, on_bytes=on_bytes)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verifying, "compare", compare_slowly)
+    looks = (time.sleep(0.1) for _ in range(250 if rank == 1 else 0))  # 25 s at least
+    with slow_comparing(looks):
         assert CheckpointStore(directory, mesh=impatient).latest() == path
 
 
@@ -100,7 +101,8 @@ def check_damage_beside_a_slow_rank(rank: int, world_size: int, directory: str) 
         flip(largest, 40, 3)
     dist.barrier()
     with (
-        counted_rounds(LOOKS if rank == 1 else 0) as met,
+        counted_rounds() as met,
+        slow_comparing(range(LOOKS if rank == 1 else 0)),
         pytest.raises(CheckpointError, match="1 checkpoints and none is good") as caught,
     ):
         checkpoints.latest()
@@ -156,7 +158,7 @@ def check_wait_for_a_lock(rank: int, world_size: int, directory: str) -> None:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         lockf(*arguments)
 
-    with pytest.MonkeyPatch.context() as patch, counted_rounds(0) as met:
+    with pytest.MonkeyPatch.context() as patch, counted_rounds() as met:
         patch.setattr(fcntl, "lockf", busy)
         with RunLock(directory, mesh=ShardMesh.from_group(), wait_seconds=300):
             pass

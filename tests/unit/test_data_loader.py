@@ -28,6 +28,7 @@ from partialfc.data import (
     normalize_images,
     synthesize,
 )
+from partialfc.data import loader as data_loader
 from partialfc.data.loader import WholeBatchLoader, _start_worker
 from partialfc.data.writer import SplitWriter
 
@@ -239,6 +240,27 @@ def test_a_dead_worker_is_named(index):
     os.kill(min(children() - before), signal.SIGKILL)
     with pytest.raises(DataError, match=r"died before batch \d+ \(pid \d+, killed by SIGKILL\). It may"):
         list(batches)
+
+
+class Breaking:
+    """Batches over a connection that a worker breaks as it dies."""
+
+    def __next__(self):
+        raise ConnectionResetError("by peer")
+
+
+def test_a_worker_that_is_still_dying_is_named_and_not_its_connection(index, monkeypatch):
+    wait = data_loader.wait
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+    worker.start()
+
+    def wait_for_its_end(sentinels, seconds):
+        worker.kill()
+        return wait(sentinels, 60)
+
+    monkeypatch.setattr(data_loader, "wait", wait_for_its_end)
+    with pytest.raises(DataError, match=rf"died before batch 7 \(pid {worker.pid}, killed by SIGKILL\)"):
+        loader(index, num_workers=1)._next(Breaking(), [worker], 7)
 
 
 UNDER_FORKSERVER = """

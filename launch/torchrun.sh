@@ -42,11 +42,21 @@ check NNODES "a number, or LEAST:MOST such as 1:4" "[1-9][0-9]*(:[1-9][0-9]*)?"
 [[ ${NNODES:-1} != *:* ]] || ((${NNODES%:*} <= ${NNODES#*:})) || refuse "NNODES is '$NNODES', but LEAST must not be above MOST"
 check NPROC_PER_NODE "a number from 1 on" "[1-9][0-9]*"
 check NODE_RANK "a number from 0 on" "[0-9]+"
+# Machines are often counted 01, 02, ..., and to bash 08 is a mistake: it reads such numbers as octal.
+NODE_RANK=${NODE_RANK:+$((10#$NODE_RANK))}
 check MAX_RESTARTS "a number from 0 on" "[0-9]+"
 check JOIN_SECONDS "a number from 1 on" "[1-9][0-9]*"
 check MASTER_PORT "a number from 1 to 65535" "[1-9][0-9]{0,4}"
 ((${MASTER_PORT:-1} <= 65535)) || refuse "MASTER_PORT is '$MASTER_PORT', but must be a number from 1 to 65535"
 check OMP_NUM_THREADS "a number from 1 on" "[1-9][0-9]*"
+NNODES=${NNODES:-1}
+if [[ $NNODES != 1 ]]; then
+    [[ -n ${MASTER_ADDR:-} ]] ||
+        refuse "NNODES is $NNODES, so set MASTER_ADDR to the host name or address of the machine where all meet"
+    [[ -n $NODE_RANK ]] ||
+        refuse "NNODES is $NNODES, so set NODE_RANK to 0 on the machine of MASTER_ADDR, to other numbers elsewhere"
+fi
+check_python
 
 if [[ -z ${NPROC_PER_NODE:-} ]]; then
     gpus=$("${python[@]}" -c 'import torch; print(torch.cuda.device_count())')
@@ -60,14 +70,9 @@ export OMP_NUM_THREADS
 # Workers that torchrun starts again would otherwise look for each other at the addresses of those that died.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-NNODES=${NNODES:-1}
 if [[ $NNODES == 1 ]]; then
     where=(--standalone)
 else
-    [[ -n ${MASTER_ADDR:-} ]] ||
-        refuse "NNODES is $NNODES, so set MASTER_ADDR to the host name or address of the machine where all meet"
-    [[ -n ${NODE_RANK:-} ]] ||
-        refuse "NNODES is $NNODES, so set NODE_RANK to 0 on the machine of MASTER_ADDR, to other numbers elsewhere"
     MASTER_PORT=${MASTER_PORT:-29500} JOIN_SECONDS=${JOIN_SECONDS:-600}
     # A machine that is gone is missed after 3 seconds, and the others go on 5 seconds after the last of them has come.
     # One that has lost the place where all meet gives up after 20 seconds.

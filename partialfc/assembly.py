@@ -16,7 +16,7 @@ from torch import nn
 
 from partialfc.backbones import build_backbone
 from partialfc.checkpoint import CheckpointStore
-from partialfc.config import Config, HeadConfig
+from partialfc.config import Config, EngineConfig, HeadConfig
 from partialfc.data import JoinedIndex, Loader, RankSteps, ShardIndex
 from partialfc.distributed.launch import node_mesh
 from partialfc.distributed.mesh import ShardMesh
@@ -280,12 +280,23 @@ def configured_backbone(config: Config) -> nn.Module:
     Raises:
         ValueError: if it cannot be built so.
     """
-    return build_backbone(
-        config.backbone.name,
-        embedding_dim=config.backbone.embedding_dim,
-        image_size=config.data.image_size,
-        **config.backbone.options,
-    )
+    settings = config.backbone
+    try:
+        return build_backbone(
+            settings.name,
+            embedding_dim=settings.embedding_dim,
+            image_size=config.data.image_size,
+            **settings.options,
+        )
+    except ValueError as error:
+        places = {"embedding_dim": "backbone.", "options": "backbone.", "image_size": "data."}
+        places |= dict.fromkeys(settings.options, "backbone.options.")
+        raise ValueError(places.get(_subject(error), "backbone: ") + str(error)) from error
+
+
+def _subject(error: ValueError) -> str:
+    """What a message is about, which is its first word: a setting, where there is one to blame."""
+    return str(error).split(" ", 1)[0]
 
 
 def build_backbone_optimizer(config: Config, backbone: nn.Module) -> torch.optim.Optimizer:
@@ -318,7 +329,8 @@ def _build_engine(config: Config, backbone: nn.Module, mesh: ShardMesh) -> Backb
     try:
         return build_engine(config.engine.name, backbone, make_optimizer=make_optimizer, mesh=mesh, settings=settings)
     except ValueError as error:
-        raise ValueError(f"engine: {error}") from error
+        place = "engine." if _subject(error) in EngineConfig.model_fields else "engine: "
+        raise ValueError(f"{place}{error}") from error
 
 
 def task_loader(run: Run, task: Task) -> Loader:

@@ -70,12 +70,12 @@ def _export_centers(options: argparse.Namespace) -> int:
     (found,) = _verified([path])
     if found.damage is not None:
         return _report([found])
-    num_classes = metadata["num_classes" if task == "main" else f"{task}/num_classes"]
+    num_classes = _fact(metadata, task, "num_classes")
     facts = {
         "checkpoint": str(found.path),
         "step": found.step,
         "task": task,
-        "label_names": _label_names(found.path, task, num_classes),
+        "label_names": _label_names(found.path, task, metadata),
     }
     with ProgressBar(num_classes, description="export", unit="class centers") as bar:
         export_rows(
@@ -90,19 +90,26 @@ def _export_centers(options: argparse.Namespace) -> int:
     return 0
 
 
-def _label_names(path: Path, task: str, num_classes: int) -> list[str] | None:
+def _label_names(path: Path, task: str, metadata: dict[str, Any]) -> list[str] | None:
     """The identity of each class, if the run's configuration and data are where they were; None if not."""
     from partialfc.assembly import open_tasks
     from partialfc.config import load_config
 
     try:
         config = load_config(path.absolute().parent.parent / "config.yaml")
-        names = open_tasks(config)[task].index.label_names
+        index = open_tasks(config)[task].index
+        if index.fingerprint != _fact(metadata, task, "data_fingerprint"):
+            raise ValueError(f"{index.directory} is not the data of this checkpoint")
     except (OSError, ValueError) as error:
         print(f"partialfc: the file will have no label names: {error}", file=sys.stderr)
         return None
     # A head may have room for more classes than the data.
-    return names[:num_classes]
+    return index.label_names[: _fact(metadata, task, "num_classes")]
+
+
+def _fact(metadata: dict[str, Any], task: str, name: str) -> Any:
+    """What a checkpoint says of one of its tasks."""
+    return metadata[name if task == "main" else f"{task}/{name}"]
 
 
 def _reshard(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from partialfc.engine import StepOutcome
 from partialfc.telemetry import METRICS_FILE, TENSORBOARD_DIRECTORY, MetricsLog, Throughput, read_lines
 
 __all__ = ["DivergedError", "Record", "check_files"]
+
+logger = logging.getLogger(__name__)
 
 
 class DivergedError(RuntimeError):
@@ -70,8 +73,8 @@ class Record:
         # In fp16 an overflow is ordinary, as long as the loss scale can still fall.
         good = math.isfinite(loss) and (outcome.updated or outcome.loss_scale > 1.0)
         progress.skipped_steps = 0 if good else progress.skipped_steps + 1
-        if progress.skipped_steps >= run.config.supervision.max_skipped_steps:
-            self.finish()
+        if not good:
+            self._say_skipped(loss, outcome)
         progress.unwritten_losses.append(loss)
         self.learning_rate = run.learning_rate(run.config.optimizer.learning_rate, run.step - 1)
         if run.step % run.config.run.log_every_steps and run.step != run.total_steps:
@@ -91,6 +94,18 @@ class Record:
             },
         )
         progress.unwritten_losses.clear()
+
+    def _say_skipped(self, loss: float, outcome: StepOutcome) -> None:
+        run, in_a_row = self._run, self._run.progress.skipped_steps
+        most = run.config.supervision.max_skipped_steps
+        if run.mesh.rank == 0:
+            logger.warning(
+                "step %d is skipped, as not all is finite: loss %g, gradient norm %g; %d in a row, of at most %d "
+                "(supervision.max_skipped_steps)",
+                *(run.step, loss, outcome.gradient_norm, in_a_row, most),
+            )
+        if in_a_row >= most:
+            self.finish()
 
     def settle(self) -> None:
         """Writes down the bad samples up to now: before a save, which is where the run would go on. Collective.

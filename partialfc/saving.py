@@ -92,7 +92,10 @@ def _go_on_from(path: Path, run: Run) -> None:
     for name in _OPTIONAL_SECTIONS:
         if name not in metadata["sections"]:
             state.pop(name, None)
-    run.store.load(path, state, verified=True)
+    try:
+        run.store.load(path, state, verified=True)
+    except CheckpointError as error:
+        raise _with_changes(error, _changed_settings(run, metadata)) from error
     progress = Progress(**json.loads(state["progress"]["state"]))
     if progress.step > run.total_steps:
         raise ValueError(
@@ -107,6 +110,16 @@ def _go_on_from(path: Path, run: Run) -> None:
         logger.info("going on from %s, step %d of %d%s", path, run.step, run.total_steps, finished)
         for name, (old, new) in _changed_settings(run, metadata).items():
             logger.warning("%s was %s when the run was saved, and is %s from here on", name, old, new)
+
+
+def _with_changes(error: CheckpointError, changed: dict[str, tuple[Any, Any]]) -> CheckpointError:
+    """The error, with the settings that may be what a checkpoint does not fit to."""
+    if error.passing or not changed:
+        return error
+    settings = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
+    return CheckpointError(
+        f"{error}\nsince it was saved, {settings}; give the run the old values, or another run.directory"
+    )
 
 
 def _check_facts(run: Run, path: Path, metadata: dict[str, Any]) -> None:

@@ -4,16 +4,24 @@
 # shellcheck source=launch/python.sh
 source "$root/launch/python.sh"
 
-most_starts=3
-job=${SLURM_JOB_ID:?this script runs in a job of Slurm: see docs/clusters.md}
-
 say() {
     echo "$(date +%T) launch/slurm: $*" >&2
 }
 
+# For mistakes of the user: with this code a job is not queued again.
+refuse() {
+    say "$*"
+    exit 2
+}
+
+most_starts=3
+job=${SLURM_JOB_ID:-}
+[[ -n $job ]] || refuse "SLURM_JOB_ID is not set, but this script runs in a job of Slurm: see docs/clusters.md"
+
 # Sets run_directory, and MASTER_ADDR and MASTER_PORT, at which the machines meet.
 describe() {
     local lines
+    check_python
     lines=$("${python[@]}" "$root/launch/slurm/describe.py" "$@") || return
     { read -r run_directory && read -r MASTER_ADDR && read -r MASTER_PORT; } <<<"$lines"
 }
@@ -41,8 +49,7 @@ run_ranks() {
             bash -c 'NODE_RANK=$SLURM_NODEID exec "$0" "$@"' "$root/launch/torchrun.sh" "$@"
         ;;
     *)
-        say "LAUNCH is '$LAUNCH', but must be srun or torchrun"
-        exit 2
+        refuse "LAUNCH is '$LAUNCH', but must be srun or torchrun"
         ;;
     esac
 }

@@ -10,5 +10,6 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=launch/slurm/common.sh
 source "$root/launch/slurm/common.sh"
 
+[[ $# -ge 1 ]] || refuse "usage: salloc [options of salloc] launch/slurm/interactive.sh CONFIG [key.sub=value ...]"
 describe "$@"
 run_ranks "$@"

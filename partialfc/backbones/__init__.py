@@ -65,17 +65,22 @@ def build_backbone(name: str, *, embedding_dim: int, image_size: int, **options:
     for option in options:
         if option not in allowed:
             raise ValueError(
-                f'unknown option "{option}" of backbone "{name}"{_suggestion(option, allowed)};'
+                f'{option} is no option of backbone "{name}"{_suggestion(option, allowed)};'
                 f" allowed are {', '.join(allowed)}"
             )
     try:
         return BACKBONES[name](embedding_dim=embedding_dim, image_size=image_size, **options)
     except TypeError as error:
-        raise ValueError(f'backbone "{name}" cannot be built with the options {options}: {error}') from error
+        raise _refusal(name, options, error) from error
 
 
 def _option_names(builder: Callable[..., nn.Module]) -> set[str]:
     return set(inspect.signature(builder).parameters) - {"embedding_dim", "image_size"}
+
+
+def _refusal(name: str, options: dict[str, Any], error: TypeError) -> ValueError:
+    """For a network that has no check of its own for an option."""
+    return ValueError(f'options {options} do not go with backbone "{name}": {error}')
 
 
 def _suggestion(given: str, known: Iterable[str]) -> str:
@@ -97,7 +102,10 @@ def _build_timm(name: str, *, embedding_dim: int, image_size: int, options: dict
             f'unknown timm model "{model_name}"{_suggestion(model_name, timm.list_models())};'
             " timm.list_models() lists the known ones"
         )
-    model: Any = timm.create_model(model_name, num_classes=embedding_dim, **options)
+    try:
+        model: Any = timm.create_model(model_name, num_classes=embedding_dim, **options)
+    except TypeError as error:
+        raise _refusal(name, options, error) from error
     # Models with position embeddings or windows are built for one size; convolutions take any.
     if hasattr(model, "set_input_size"):
         model.set_input_size(img_size=image_size)

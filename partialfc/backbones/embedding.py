@@ -5,7 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_images", "check_sizes", "embedding_norm", "features_to_embedding"]
+__all__ = ["check_count", "check_images", "check_probability", "check_sizes", "embedding_norm", "features_to_embedding"]
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises ValueError unless the option `name` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}, but must be an integer of at least 1")
+
+
+def check_probability(name: str, value: object) -> None:
+    """Raises ValueError unless the option `name` is a number in [0, 1)."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ValueError(f"{name} is {value!r}, but must be a number in [0, 1)")
 
 
 def check_sizes(*, embedding_dim: int, image_size: int, multiple_of: int) -> None:

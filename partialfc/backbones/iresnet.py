@@ -12,7 +12,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from partialfc.backbones.embedding import check_images, check_sizes, embedding_norm, features_to_embedding
+from partialfc.backbones.embedding import (
+    check_count,
+    check_images,
+    check_probability,
+    check_sizes,
+    embedding_norm,
+    features_to_embedding,
+)
 
 __all__ = ["IBasicBlock", "IResNet"]
 
@@ -59,7 +66,7 @@ class IResNet(nn.Module):
             of the process, so a run with it depends on the number of ranks.
 
     Raises:
-        ValueError: if a size is out of its range.
+        ValueError: if an argument is out of its range.
     """
 
     def __init__(
@@ -67,8 +74,8 @@ class IResNet(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(embedding_dim=embedding_dim, image_size=image_size, multiple_of=16)
-        if width < 1:
-            raise ValueError(f"width is {width}, but must be at least 1")
+        check_count("width", width)
+        check_probability("dropout", dropout)
         self.image_size = image_size
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

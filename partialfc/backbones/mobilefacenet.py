@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from partialfc.backbones.embedding import check_images, check_sizes, embedding_norm, features_to_embedding
+from partialfc.backbones.embedding import check_count, check_images, check_sizes, embedding_norm, features_to_embedding
 
 __all__ = ["Bottleneck", "MobileFaceNet"]
 
@@ -59,8 +59,7 @@ class MobileFaceNet(nn.Module):
     def __init__(self, *, embedding_dim: int, image_size: int, width: int = 64) -> None:
         super().__init__()
         check_sizes(embedding_dim=embedding_dim, image_size=image_size, multiple_of=16)
-        if width < 1:
-            raise ValueError(f"width is {width}, but must be at least 1")
+        check_count("width", width)
         self.image_size = image_size
         self.stem = nn.Sequential(
             *_convolution(3, width, kernel=3, stride=2, padding=1),

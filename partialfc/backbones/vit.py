@@ -16,7 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from partialfc.backbones.embedding import check_images, check_sizes, embedding_norm, features_to_embedding
+from partialfc.backbones.embedding import (
+    check_count,
+    check_images,
+    check_probability,
+    check_sizes,
+    embedding_norm,
+    features_to_embedding,
+)
 
 __all__ = ["TransformerBlock", "VisionTransformer"]
 
@@ -89,7 +96,7 @@ class VisionTransformer(nn.Module):
         final_norm: "batch" for a batch norm on the embedding, "none" for none.
 
     Raises:
-        ValueError: if a size is out of its range or `final_norm` unknown.
+        ValueError: if an argument is out of its range or `final_norm` unknown.
     """
 
     def __init__(
@@ -107,13 +114,11 @@ class VisionTransformer(nn.Module):
         assert width % _HEAD_DIM == 0
         if patch_size is None:
             patch_size = 8 if image_size < 160 else 16
-        if patch_size < 1:
-            raise ValueError(f"patch_size is {patch_size}, but must be at least 1")
+        check_count("patch_size", patch_size)
         check_sizes(embedding_dim=embedding_dim, image_size=image_size, multiple_of=patch_size)
-        if not 0.0 <= drop_path < 1.0:
-            raise ValueError(f"drop_path is {drop_path}, but must be in [0, 1)")
+        check_probability("drop_path", drop_path)
         if final_norm not in ("batch", "none"):
-            raise ValueError(f'final_norm is "{final_norm}", but must be "batch" or "none"')
+            raise ValueError(f'final_norm is {final_norm!r}, but must be "batch" or "none"')
         self.image_size = image_size
         num_tokens = (image_size // patch_size) ** 2
         self.patch_embedding = nn.Conv2d(3, width, patch_size, stride=patch_size)

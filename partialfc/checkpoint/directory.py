@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import shutil
 import uuid
@@ -93,12 +94,12 @@ class CheckpointDirectory:
             manifest.write(temporary)
             fsync_directory(temporary)
             path = self.path_of(step)
-            replaced = path.rename(self.path / f"{_REPLACED_PREFIX}{path.name}") if path.exists() else None
+            replaced = path.rename(self.path / f"{_REPLACED_PREFIX}{path.name}") if os.path.lexists(path) else None
             try:
                 temporary.rename(path)
                 fsync_directory(self.path)
             except OSError:
-                if path.exists():
+                if os.path.lexists(path):
                     path.rename(temporary)
                 if replaced is not None:
                     replaced.rename(path)
@@ -130,15 +131,24 @@ class CheckpointDirectory:
         """Gives a checkpoint its name again that was to be replaced by a process that was killed just then."""
         for replaced in filter(_is_leftover, self._entries()):
             path = self.path / replaced.name.removeprefix(_REPLACED_PREFIX)
-            if path.name != replaced.name and not path.exists():
+            if path.name != replaced.name and not os.path.lexists(path):
                 replaced.rename(path)
 
     def _entries(self) -> list[Path]:
-        """All that is here; nothing before the first save."""
+        """All that is here; nothing before the first save.
+
+        Raises:
+            OSError: if it cannot be listed, or is a link to what is not there: a file system that is not mounted, say.
+        """
         try:
             # `exists` and `glob` take a server that does not answer for that, depending on the version of Python.
             return list(self.path.iterdir())
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if self.path.is_symlink():
+                text = (
+                    f"{self.path} is a link to {self.path.readlink()}, which is not there: mount it, or mend the link"
+                )
+                raise FileNotFoundError(error.errno, text) from error
             return []
 
     def _best_of(self, steps: list[int]) -> int | None:
@@ -158,12 +168,18 @@ class CheckpointDirectory:
 
 def _is_leftover(path: Path) -> bool:
     """Whether this store has made it: others may keep something here too."""
-    return _LEFTOVER_NAME.fullmatch(path.name) is not None and path.is_dir() and not path.is_symlink()
+    return _LEFTOVER_NAME.fullmatch(path.name) is not None
 
 
-def remove(directory: Path) -> None:
-    """Removes a directory; if it stays, that is said and no error."""
+def remove(path: Path) -> None:
+    """Removes a directory, or what was in the place of one: a file, or a link but not what it points to.
+
+    If it stays, that is said and no error.
+    """
     try:
-        shutil.rmtree(directory)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     except OSError as error:
-        logger.warning("could not remove %s: %s", directory, error)
+        logger.warning("could not remove %s: %s", path, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ def find_checkpoints(path: Path) -> list[Path]:
     Raises:
         ValueError: if it is none of these, or there is none.
     """
+    if step_of(path.absolute()) is None and path.is_symlink():
+        path = path.resolve()  # such as `latest`
     if step_of(path.absolute()) is not None and path.is_dir():
         return [path]
     folder = path / _FOLDER if (path / _FOLDER).is_dir() else path
@@ -69,8 +72,7 @@ def summarize(path: Path, *, contents: bool, on_bytes: Callable[[int], None] = l
     try:
         manifest = Manifest.read(path)
     except ManifestError as error:
-        present = sum(file.stat().st_size for file in path.iterdir() if file.name != MANIFEST_NAME)
-        return CheckpointSummary(path, step, present, {}, str(error))
+        return CheckpointSummary(path, step, _bytes_in(path), {}, str(error))
     damage = None
     try:
         compare(path, manifest.files, contents=contents, on_bytes=on_bytes)
@@ -79,3 +81,13 @@ def summarize(path: Path, *, contents: bool, on_bytes: Callable[[int], None] = l
     except DamageError as error:
         damage = str(error)
     return CheckpointSummary(path, step, manifest.total_bytes, manifest.metadata, damage)
+
+
+def _bytes_in(path: Path) -> int:
+    """The size of the files of a directory but its manifest, as far as there is such a directory with files."""
+    total = 0
+    with suppress(OSError):
+        for file in path.iterdir():
+            with suppress(OSError):
+                total += file.stat().st_size if file.name != MANIFEST_NAME else 0
+    return total

@@ -152,13 +152,16 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any], path: tuple[str, ...] 
 
 def _explain(problem: Any) -> str:
     """One pydantic error as: dotted path, what was given, what is allowed."""
-    path = ".".join(str(part) for part in problem["loc"]) or "(top level)"
+    path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         allowed = _keys_at(problem["loc"][:-1])
         return f"{path}: unknown key{suggestion(str(problem['loc'][-1]), allowed)}; allowed are {', '.join(allowed)}"
     if problem["type"] == "missing":
         return f"{path}: is missing; set it in the file, or as {path}=... on the command line"
-    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    message: str = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    # What settings do not go together says so itself. What was given is a whole section there, or all of them.
+    if not path or message.startswith(f"{path}."):
+        return message
     return f"{path}: {problem['input']!r} given; {message}"
 
 

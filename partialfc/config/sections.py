@@ -202,16 +202,31 @@ class TaskConfig(_Section):
     )
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(_Section):
     """The optimizer of the backbone."""
 
     name: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = Field(default=0.1, ge=0, description="at the given global batch size; nothing rescales it")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd only")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="adamw only")
+    betas: tuple[_Beta, _Beta] = Field(default=(0.9, 0.999), description="adamw only")
     weight_decay: float = Field(default=5e-4, ge=0)
     decay_norms: bool = Field(default=True, description="whether weight decay acts on norms and biases too")
     max_gradient_norm: float | None = Field(default=5.0, gt=0, description="clipping of the backbone; null: none")
+
+    @model_validator(mode="after")
+    def _of_this_name(self) -> OptimizerConfig:
+        # Their defaults may be spelt out, as they are in the resolved configuration of a run.
+        for setting, name in (("momentum", "sgd"), ("betas", "adamw")):
+            given, default = getattr(self, setting), OptimizerConfig.model_fields[setting].default
+            if given != default and self.name != name:
+                raise ValueError(
+                    f"optimizer.{setting} is {given}, but needs optimizer.name={name}, and that is {self.name}; leave "
+                    "it out"
+                )
+        return self
 
 
 class TrainingConfig(_Section):
@@ -260,8 +275,11 @@ class EngineConfig(_Section):
     @model_validator(mode="after")
     def _for_deepspeed(self) -> EngineConfig:
         for name, default in (("deepspeed_json", None), ("zero_stage", 2)):
-            if getattr(self, name) != default and self.name != "deepspeed":
-                raise ValueError(f"engine.{name} needs engine.name=deepspeed, but that is {self.name}")
+            given = getattr(self, name)
+            if given != default and self.name != "deepspeed":
+                raise ValueError(
+                    f"engine.{name} is {given}, but needs engine.name=deepspeed, and that is {self.name}; leave it out"
+                )
         return self
 
 

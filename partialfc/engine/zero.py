@@ -22,7 +22,7 @@ from partialfc.engine.groups import group_of
 from partialfc.engine.portioned import PortionedEngine, whole
 from partialfc.engine.prepare import InPrecision
 from partialfc.engine.settings import EngineSettings
-from partialfc.engine.zero_config import zero_config
+from partialfc.engine.zero_config import refusals_of_deepspeed, zero_config
 from partialfc.optim import fill_state, set_learning_rate
 
 __all__ = ["DeepSpeedEngine"]
@@ -60,9 +60,10 @@ class DeepSpeedEngine(PortionedEngine):
                 "use the engine fsdp2"
             )
         parameters = list(backbone.parameters())
-        config = zero_config(settings, num_parameters=sum(parameter.numel() for parameter in parameters))
-        self._deepspeed = _import_deepspeed(parameters[0].device)
-        group_of(mesh, parameters[0].device.type)
+        num_parameters, device = sum(parameter.numel() for parameter in parameters), parameters[0].device
+        config = zero_config(settings, num_parameters=num_parameters, device_type=device.type)
+        self._deepspeed = _import_deepspeed(device)
+        group_of(mesh, device.type)
         blocks = settings.compile and settings.activation_checkpointing
         super().__init__(backbone, mesh=mesh, settings=settings, compile_blocks=blocks)
         self._gathers_weights = settings.zero_stage == 3
@@ -70,10 +71,12 @@ class DeepSpeedEngine(PortionedEngine):
         network = InPrecision(self._backbone, settings.autocast_dtype)
         if settings.compile and not blocks:
             network.forward = torch.compile(network.forward)  # type: ignore[method-assign]
+        optimizer = make_optimizer(self._backbone)
         self._engine: Any
-        self._engine, self._zero, *_ = self._deepspeed.initialize(
-            model=network, optimizer=make_optimizer(self._backbone), config=config, dist_init_required=False
-        )
+        with refusals_of_deepspeed(settings.deepspeed_json):
+            self._engine, self._zero, *_ = self._deepspeed.initialize(
+                model=network, optimizer=optimizer, config=config, dist_init_required=False
+            )
         self._network = self._engine
         self._optimizer: Optimizer = self._zero.optimizer
         self._groups = _Groups(self._zero)

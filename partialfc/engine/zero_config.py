@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from partialfc.engine.settings import EngineSettings
 
-__all__ = ["zero_config"]
+__all__ = ["refusals_of_deepspeed", "zero_config"]
 
 _LARGEST_BUCKET = 50_000_000
 
@@ -37,26 +41,74 @@ _OWN = {
     "zero_optimization.compute_grad_norm": "this engine, which needs the norm",
 }
 
-# DeepSpeed takes much more, in part for what is not used here, and in part without a word for what it does not know.
-_ALLOWED = {
-    "comms_logger",
-    "communication_data_type",
-    "dump_state",
-    "flops_profiler",
-    "memory_breakdown",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "zero_optimization",
+_OWN_OPTIMIZER = "needs DeepSpeed's own optimizers"
+_MICS = "shards as MiCS does, and this engine cannot"
+_NOT_SUPPORTED = {
+    "zero_optimization.offload_optimizer": _OWN_OPTIMIZER,
+    "zero_optimization.offload_param": _OWN_OPTIMIZER,
+    # Old names of the same.
+    "zero_optimization.cpu_offload": _OWN_OPTIMIZER,
+    "zero_optimization.cpu_offload_param": _OWN_OPTIMIZER,
+    "zero_optimization.cpu_offload_use_pin_memory": _OWN_OPTIMIZER,
+    "zero_optimization.zenflow": _OWN_OPTIMIZER,
+    "zero_optimization.mics_shard_size": _MICS,
+    "zero_optimization.mics_hierarchical_params_gather": _MICS,
+    "zero_optimization.legacy_stage1": "DeepSpeed no longer has",
 }
-_NOT_SUPPORTED = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+_NEEDS_CUDA = ("zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights")
 
 
-def zero_config(settings: EngineSettings, *, num_parameters: int) -> dict[str, Any]:
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# What a value must be, in words, and whether it is.
+_Kind = tuple[str, Callable[[Any], bool]]
+_OBJECT: _Kind = ("an object", lambda value: isinstance(value, dict))
+_BOOLEAN: _Kind = ("true or false", lambda value: isinstance(value, bool))
+_WHOLE: _Kind = ("an integer", _is_whole)
+_POSITIVE: _Kind = ("a positive integer", lambda value: _is_whole(value) and value > 0)
+
+# DeepSpeed takes much more, in part for what is not used here, and in part without a word for what it does not know.
+# Of these it looks at the type where it needs the value, which may be in the middle of a step. `zero_optimization` it
+# checks by itself: see `refusals_of_deepspeed`.
+_ALLOWED: dict[str, _Kind] = {
+    "comms_logger": _OBJECT,
+    "communication_data_type": ("fp16, bf16 or fp32", lambda value: value in ("fp16", "bf16", "fp32")),
+    "dump_state": _BOOLEAN,
+    "flops_profiler": _OBJECT,
+    "memory_breakdown": _BOOLEAN,
+    "steps_per_print": _POSITIVE,
+    "wall_clock_breakdown": _BOOLEAN,
+    "zero_optimization": _OBJECT,
+}
+_ALLOWED_INSIDE: dict[str, dict[str, _Kind]] = {
+    "comms_logger": {
+        "debug": _BOOLEAN,
+        "enabled": _BOOLEAN,
+        "prof_all": _BOOLEAN,
+        "prof_ops": ("a list", lambda value: isinstance(value, list)),
+        "verbose": _BOOLEAN,
+    },
+    "flops_profiler": {
+        "detailed": _BOOLEAN,
+        "enabled": _BOOLEAN,
+        "module_depth": _WHOLE,
+        "output_file": ("a path or null", lambda value: value is None or isinstance(value, str)),
+        "profile_step": _POSITIVE,
+        "recompute_fwd_factor": ("a number", lambda value: _is_whole(value) or isinstance(value, float)),
+        "top_modules": _POSITIVE,
+    },
+}
+
+
+def zero_config(settings: EngineSettings, *, num_parameters: int, device_type: str) -> dict[str, Any]:
     """What `deepspeed.initialize` is given.
 
     Args:
         settings: of the engine.
         num_parameters: of the backbone; no bucket needs to be larger.
+        device_type: where the backbone is.
 
     Raises:
         ValueError: if the file cannot be read, is no JSON object, or contradicts the settings; it says how.
@@ -78,6 +130,7 @@ def zero_config(settings: EngineSettings, *, num_parameters: int) -> dict[str, A
     if settings.deepspeed_json is not None:
         given = _read(settings.deepspeed_json)
         _check(given, config, settings.deepspeed_json)
+        _check_device(given.get("zero_optimization", {}), device_type, settings.deepspeed_json)
         config = _merged(config, given)
     return config
 
@@ -108,7 +161,18 @@ def _without_repetitions(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _check(given: dict[str, Any], own: dict[str, Any], path: Path, prefix: str = "") -> None:
+def _check(given: dict[str, Any], own: dict[str, Any], path: Path) -> None:
+    _check_owners(given, own, path)
+    _check_kinds(given, _ALLOWED, path)
+    for section, kinds in _ALLOWED_INSIDE.items():
+        _check_kinds(given.get(section, {}), kinds, path, f"{section}.")
+    zero = given.get("zero_optimization", {})
+    _check_owners(zero, own["zero_optimization"], path, "zero_optimization.")
+    # The one that DeepSpeed answers with a TypeError.
+    _check_kind(zero, "leaf_module", _OBJECT, path, "zero_optimization.")
+
+
+def _check_owners(given: dict[str, Any], own: dict[str, Any], path: Path, prefix: str = "") -> None:
     for key, value in given.items():
         name = prefix + key
         if name in _OWN and (key not in own or value != own[key]):
@@ -118,14 +182,63 @@ def _check(given: dict[str, Any], own: dict[str, Any], path: Path, prefix: str =
             )
         if name in _NOT_SUPPORTED:
             raise ValueError(
-                f"deepspeed_json {path} sets {name}, which needs DeepSpeed's own optimizers; take it out of the file"
+                f"deepspeed_json {path} sets {name}, which {_NOT_SUPPORTED[name]}; take it out of the file"
             )
-        if not prefix and key not in _ALLOWED and key not in _OWN:
-            raise ValueError(f"deepspeed_json {path} sets {key}, but allowed are {', '.join(sorted(_ALLOWED))}")
-        if isinstance(own.get(key), dict):
-            if not isinstance(value, dict):
-                raise ValueError(f"deepspeed_json {path} sets {name} to {json.dumps(value)}, but must be an object")
-            _check(value, own[key], path, f"{name}.")
+
+
+def _check_kinds(given: dict[str, Any], kinds: dict[str, _Kind], path: Path, prefix: str = "") -> None:
+    for key in given:
+        if key in kinds:
+            _check_kind(given, key, kinds[key], path, prefix)
+        elif prefix + key not in _OWN:
+            raise ValueError(f"deepspeed_json {path} sets {prefix}{key}, but allowed are {', '.join(sorted(kinds))}")
+
+
+def _check_kind(given: dict[str, Any], key: str, kind: _Kind, path: Path, prefix: str) -> None:
+    what, is_right = kind
+    if key in given and not is_right(given[key]):
+        raise ValueError(f"deepspeed_json {path} sets {prefix}{key} to {json.dumps(given[key])}, but must be {what}")
+
+
+def _check_device(zero: dict[str, Any], device_type: str, path: Path) -> None:
+    # On a CPU it would say so in the first step.
+    for key in _NEEDS_CUDA:
+        if zero.get(key) and device_type != "cuda":
+            raise ValueError(
+                f"deepspeed_json {path} sets zero_optimization.{key}, which needs CUDA, but the backbone is on "
+                f"{device_type}; take it out of the file"
+            )
+
+
+@contextmanager
+def refusals_of_deepspeed(path: Path | None) -> Iterator[None]:
+    """In here, what DeepSpeed has to say against its settings becomes a ValueError that names the file.
+
+    Args:
+        path: the user's file; None without one, when every error is one of ours.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        if path is None:
+            raise
+        # Of what `_check` lets through, DeepSpeed has a model for this section alone.
+        said = "; ".join(_explain(problem) for problem in error.errors())
+        raise ValueError(f"deepspeed_json {path} sets {said}") from error
+    except Exception as error:
+        # DeepSpeedConfigError is no ValueError, and cannot be named here, where DeepSpeed may not be installed.
+        if path is None or not (isinstance(error, ValueError) or type(error).__name__ == "DeepSpeedConfigError"):
+            raise
+        raise ValueError(f"deepspeed_json {path} is given, and DeepSpeed cannot be set up: {error}") from error
+
+
+def _explain(problem: Any) -> str:
+    """One problem that pydantic has found, as: key, what was given, what is allowed."""
+    name = ".".join(("zero_optimization", *(str(part) for part in problem["loc"])))
+    if problem["type"] == "extra_forbidden":
+        return f"{name}, but DeepSpeed knows no such key; take it out of the file"
+    message = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    return f"{name} to {json.dumps(problem['input'], default=str)}, but {message}"
 
 
 def _merged(own: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

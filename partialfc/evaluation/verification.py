@@ -144,8 +144,8 @@ def make_pairs(labels: Tensor, *, num_pairs: int, folds: int = 10, seed: int) ->
         if int(available.sum()) < num_pairs // 2:
             raise ValueError(
                 f"{num_pairs} pairs need {num_pairs // 2} pairs of {kind}, but {rows.numel()} images of "
-                f"{identities.numel()} identities make only {int(available.sum())}; lower num_pairs, or "
-                "add identities and images"
+                f"{identities.numel()} identities make only {int(available.sum())}; lower the number of pairs "
+                "(evaluation.num_pairs), or add identities and images"
             )
     first_same, offset_same = _draw(same_count, num_pairs // 2, hash64(seed, _SAME))
     first_different, offset_different = _draw(different_count, num_pairs // 2, hash64(seed, _DIFFERENT))

@@ -133,7 +133,8 @@ def _check_directory(mesh: ShardMesh, directory: Path, hosts: list[str]) -> None
             text = f"run.directory {directory} cannot be written: {failure.strerror}: {place}"
             error = OSError(failure.errno, text)  # its number says whether another start may do better
     agree(mesh, signal=0, error=error)
-    path = gather_objects(token, mesh)[0]
+    # Each looks in the folder that it takes for this one: a relative path may lead elsewhere from where it was started.
+    path = place / gather_objects(token.name, mesh)[0]
     deadline = time.monotonic() + _SEE_SECONDS
     while not (seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)

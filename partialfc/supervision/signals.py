@@ -146,7 +146,7 @@ class StopSignals:
 
     def _leave(self, why: str = "", *, stacks: bool = False) -> None:
         name = signal.Signals(self.received).name
-        say(f"told to stop by {name}{why}; leaving, the last checkpoint stands", stacks=stacks)
+        say(f"told to stop by {name}{why}; leaving; what was saved before stands", stacks=stacks)
         leave_at_once(EXIT_STOPPED)
 
 

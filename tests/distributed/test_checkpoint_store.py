@@ -162,6 +162,39 @@ def test_a_checkpoint_that_a_killed_save_was_replacing_is_put_back(tmp_path: Pat
     assert "tmp-replaced-step-00000001" in names(tmp_path)
 
 
+def test_what_is_no_checkpoint_but_has_the_name_of_one_gives_way(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    single_store(elsewhere, 2)
+    run = tmp_path / "run"
+    single_store(run, 1, keep_last=4)
+    for put in (
+        lambda place: place.symlink_to("nowhere"),
+        lambda place: place.symlink_to(elsewhere),
+        lambda place: place.write_text("a file"),
+    ):
+        put(run / "step-00000002")
+        checkpoints = single_store(run, 2, keep_last=4)
+        assert names(run) == ["step-00000001", "step-00000002"]
+        assert checkpoints.latest() == run / "step-00000002"
+        shutil.rmtree(run / "step-00000002")
+    # A link went, not what it pointed to.
+    assert names(elsewhere) == ["step-00000002"]
+
+
+def test_a_folder_whose_file_system_is_not_mounted_is_no_fresh_start(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.symlink_to(tmp_path / "mount")
+    checkpoints = single_store(folder)
+    for call in (checkpoints.put_back, checkpoints.latest):
+        with pytest.raises(
+            CheckpointError, match=rf"is a link to {tmp_path}/mount, which is not there: mount it"
+        ) as caught:
+            call()
+        assert not caught.value.passing
+    (tmp_path / "mount").mkdir()
+    assert checkpoints.latest() is None
+
+
 def test_only_the_last_are_kept(tmp_path: Path) -> None:
     single_store(tmp_path, 1, 2, 30, 100, keep_last=2)
     assert names(tmp_path) == ["step-00000030", "step-00000100"]

@@ -78,7 +78,7 @@ def compare_with_one_process(
     for engine, case in cases:
         assert_close(trained(Case(engine, **case), mesh), expected[case["optimizer"]], f"{engine} {case}")
     bf16 = {"settings": {"precision": "bf16", "portions": 2}}
-    for engine in ("ddp", "fsdp2", "zero2"):
+    for engine in ENGINES:
         results = trained(Case(engine, **bf16), mesh)
         difference, name = largest_difference({"losses": results["losses"]}, {"losses": expected["sgd"]["losses"]})
         assert 1e-5 < difference < BF16_TOLERANCE, f"{engine} in bf16: {name} differs by {difference:.1e}"

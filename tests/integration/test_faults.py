@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import make_faces, write_config
+from small_run import IDENTITIES, make_faces, set_back, steps_of, write_config
 from support import SOON_SECONDS, checkpoint_tensors, running_ranks
 
+from partialfc.data import synthesize
 from partialfc.supervision.exit_codes import EXIT_OK, EXIT_RETRY, EXIT_STOPPED, EXIT_USER_ERROR
 from partialfc.telemetry import read_metrics
 
@@ -155,7 +157,7 @@ def _as_it_should_end(run: Path, code: int, number: signal.Signals, *, before: i
         assert int(saved[1]) == done, message
         assert (run / "checkpoints" / f"step-{done:08d}").is_dir(), message
         return True
-    assert "leaving, the last checkpoint stands" in message
+    assert "leaving; what was saved before stands" in message
     assert done in (before, STEPS), message
     return False
 
@@ -276,6 +278,46 @@ def test_ranks_that_do_not_fit_together_are_named_before_the_first_step(tmp_path
     assert not (tmp_path / "run").exists()
 
 
+OTHER_NUMPY = """
+import sys, numpy
+numpy.__version__ = "0.1"
+from partialfc.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_hosts_with_other_data_or_packages_by_the_same_name_are_named(tmp_path: Path, faces: Path) -> None:
+    hosts = [tmp_path / "host 0", tmp_path / "host 1"]
+    for host in hosts:
+        host.mkdir()
+    (hosts[0] / "faces").symlink_to(faces)
+    synthesize(hosts[1] / "faces", identities=IDENTITIES, images_per_identity=4, seed=2, image_size=32)
+    config = str(_config(tmp_path, Path("faces"), evaluation={"enabled": False, "every_steps": None}))
+    commands = [_train(Path(config)), [sys.executable, "-c", OTHER_NUMPY, "train", config]]
+    with running_ranks(
+        tmp_path, [["env", f"--chdir={host}", *command] for host, command in zip(hosts, commands, strict=True)]
+    ) as ranks:
+        assert ranks.ended() == [EXIT_USER_ERROR, EXIT_USER_ERROR]
+    assert "the ranks cannot train together:\n" in ranks.errors(0)
+    assert re.search(r"^  numpy: \d\S+ on rank 0\D*, 0\.1 on rank 1", ranks.errors(0), re.MULTILINE)
+    assert re.search(r"^  data of main: [0-9a-f]+ on rank 0.*, [0-9a-f]+ on rank 1", ranks.errors(0), re.MULTILINE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_hosts_without_a_common_run_directory_are_named(tmp_path: Path, faces: Path) -> None:
+    hosts = [tmp_path / "host 0", tmp_path / "host 1"]
+    for host in hosts:
+        host.mkdir()
+    config = _config(tmp_path, faces, run={"directory": "run"})
+    with running_ranks(tmp_path, [["env", f"--chdir={host}", *_train(config)] for host in hosts]) as ranks:
+        assert ranks.ended() == [EXIT_USER_ERROR, EXIT_USER_ERROR]
+    assert re.search(
+        r"run.directory run is not the same folder on all ranks: rank 1 \(\S+\) cannot see what rank 0 \(\S+\) writes",
+        ranks.errors(0),
+    ), ranks.errors(0)
+    assert not any(path for host in hosts for path in host.iterdir())
+
+
 def test_a_rank_that_cannot_start_ends_all_at_once_with_its_message(tmp_path: Path, faces: Path) -> None:
     config = _config(tmp_path, faces)
     missing = tmp_path / "not there"
@@ -307,14 +349,25 @@ def test_a_clock_that_is_wrong_is_warned_of_and_harms_nothing(tmp_path: Path, fa
 
 
 @pytest.mark.soak
-def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_message(tmp_path: Path, faces: Path) -> None:
-    config = _config(
-        tmp_path,
-        faces,
-        optimizer={"learning_rate": 1e30, "max_gradient_norm": None},
-        supervision={"max_skipped_steps": 3},
-    )
-    with running_ranks(tmp_path, [_train(config)] * 2) as ranks:
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_the_run_goes_on_from_the_last_checkpoint(
+    tmp_path: Path, faces: Path
+) -> None:
+    straight = _config(tmp_path / "straight", faces)
+    config, run = _config(tmp_path / "spoilt", faces), tmp_path / "spoilt" / "run"
+    with running_ranks(tmp_path, [_train(straight)] * 2) as ranks:
+        assert ranks.ended() == [EXIT_OK, EXIT_OK], ranks.errors(0)
+    shutil.copytree(tmp_path / "straight" / "run", run)
+    set_back(run, 40)
+    too_fast = ("optimizer.learning_rate=1e30", "optimizer.max_gradient_norm=null", "supervision.max_skipped_steps=3")
+    with running_ranks(tmp_path, [_train(config, *too_fast)] * 2) as ranks:
         assert ranks.ended() == [EXIT_USER_ERROR, EXIT_USER_ERROR], ranks.errors(0)
-    for rank in range(2):
-        assert "loss or gradient was not finite for 3 steps" in ranks.errors(rank)
+    for number, step in enumerate((42, 43, 44), start=1):
+        skipped = f"step {step} is skipped, as not all is finite: loss nan, gradient norm nan; {number} in a row"
+        assert skipped in ranks.errors(0), ranks.errors(0)
+    assert "loss or gradient was not finite for 3 steps up to step 44" in ranks.errors(0)
+    assert f"the checkpoints in {run / 'checkpoints'} are good" in ranks.errors(0)
+    assert ranks.errors(1) == ""
+    assert steps_of(run)[-1] == 40
+    with running_ranks(tmp_path, [_train(config)] * 2) as ranks:
+        assert ranks.ended() == [EXIT_OK, EXIT_OK], ranks.errors(0)
+    _assert_as_undisturbed(run, checkpoint_tensors(tmp_path / "straight" / "run", f"step-{STEPS:08d}"))

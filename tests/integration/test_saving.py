@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_states import flip
 from small_run import make_faces, set_back, steps_of, write_config
 from support import SOON_SECONDS, checkpoint_tensors
 
@@ -83,6 +84,28 @@ def test_a_second_job_on_a_run_is_refused_and_changes_nothing(
     assert main(["train", config]) == 0
 
 
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    tmp_path: Path, faces: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, run = config_file(tmp_path, faces), tmp_path / "run"
+    assert main(["train", config]) == 0
+    newest = run / "checkpoints" / f"step-{STEPS:08d}"
+    before = checkpoint_tensors(run, newest.name)
+    caplog.set_level(logging.INFO)
+    largest = max(newest.iterdir(), key=lambda file: file.stat().st_size)
+    flip(largest, largest.stat().st_size // 2, 3)
+    assert main(["train", config]) == 0
+    assert any(
+        "passing over a damaged checkpoint: " in said and f"{largest.name} has sha256" in said
+        for said in caplog.messages
+    )
+    assert f"going on from {newest.with_name('step-00000003')}, step 3 of {STEPS}" in caplog.messages
+    after = checkpoint_tensors(run, newest.name)
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert value.equal(after[name]) if isinstance(value, torch.Tensor) else value == after[name], name
+
+
 def test_a_killed_data_worker_ends_the_run_so_that_it_starts_again(
     tmp_path: Path, faces: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,11 +142,18 @@ def test_a_refused_resume_leaves_everything(tmp_path: Path, faces: Path, capsys:
 
 
 def test_a_run_whose_checkpoints_are_gone_says_so(
-    tmp_path: Path, faces: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, faces: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, run = config_file(tmp_path, faces), tmp_path / "run"
     assert main(["train", config]) == 0
     shutil.rmtree(run / "checkpoints")
+    # It is another matter if the file system with them is not mounted.
+    (run / "checkpoints").symlink_to(tmp_path / "mount")
+    before = (run / "metrics.jsonl").read_bytes()
+    assert main(["train", config]) == 2
+    assert f"is a link to {tmp_path / 'mount'}, which is not there" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
+    (run / "checkpoints").unlink()
     assert main(["train", config]) == 0
     assert any("has metrics, but" in record.getMessage() for record in caplog.records)
 

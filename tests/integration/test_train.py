@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -263,7 +264,10 @@ def test_a_run_does_not_go_on_without_one_of_its_tasks(
         ({"run": {"directory": "/dev/null/run"}}, "/dev/null/run cannot be written"),
         ({"backbone": {"options": {"widht": 8}}}, "widht"),
         ({"evaluation": {"num_pairs": 6000}}, "6000"),
-        ({"backbone": {"options": {"width": "wide"}}}, "cannot be built with the options {'width': 'wide'}"),
+        (
+            {"backbone": {"options": {"width": "wide"}}},
+            "backbone.options.width is 'wide', but must be an integer of at least 1",
+        ),
         ({"backbone": {"options": {"embedding_dim": 4}}}, "set backbone.embedding_dim"),
         ({"head": {"margin": {"name": "CosFace", "scale": float("inf")}}}, "CosFace.scale is inf"),
         ({"training": {"epochs": float("inf")}}, "training.epochs"),
@@ -322,7 +326,14 @@ def test_a_refused_resume_leaves_the_configuration(
     config, run = _config(tmp_path, data), tmp_path / "run"
     assert main(["train", str(config)]) == 0
     before = (run / "config.yaml").read_text()
-    assert main(["train", str(config), "backbone.options.width=16"]) == 2
+    for override in ("backbone.options.width=16", "optimizer.momentum=0.0"):
+        capsys.readouterr()
+        assert main(["train", str(config), override]) == 2
+        name, _, value = override.partition("=")
+        error = capsys.readouterr().err
+        assert re.search(
+            rf"since it was saved, {re.escape(name)} was \S+ and is {value}; give the run the old", error
+        ), error
     assert main(["train", str(config), "training.epochs=0.1"]) == 2
     assert "is at step 6, but training.epochs=0.1 ends at step 1" in capsys.readouterr().err
     assert (run / "config.yaml").read_text() == before
@@ -341,10 +352,15 @@ def test_a_resumed_run_has_its_own_optimizer_settings(tmp_path: Path, data: Path
     assert losses_of(run)[-1] != losses_of(other)[-1]
 
 
-def test_a_run_that_ends_without_a_number_fails(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_ends_without_a_number_fails(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     config = _config(tmp_path, data, optimizer={"learning_rate": 1e30, "max_gradient_norm": None})
     assert main(["train", str(config)]) == 2
     assert "loss or gradient was not finite" in capsys.readouterr().err
+    skipped = [message for message in caplog.messages if "is skipped" in message]
+    assert skipped[0].startswith("step 2 is skipped, as not all is finite: loss nan, gradient norm nan; 1 in a row, of")
+    assert len(skipped) == STEPS - 1
     assert not (tmp_path / "run" / "summary.json").exists()
 
 

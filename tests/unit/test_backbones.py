@@ -208,23 +208,32 @@ def test_a_small_network_learns_with_plain_sgd(name):
         (
             "iresnet50",
             {"widht": 3},
-            r'option "widht" of backbone "iresnet50" \(did you mean "width"\?\); .*dropout, width$',
+            r'^widht is no option of backbone "iresnet50" \(did you mean "width"\?\); .*dropout, width$',
         ),
         (
             "mobilefacenet",
             {"dropout": 0.1},
-            r'unknown option "dropout" of backbone "mobilefacenet"; allowed are width$',
+            r'^dropout is no option of backbone "mobilefacenet"; allowed are width$',
         ),
         ("vit_base", {"depth": 3}, "allowed are drop_path, final_norm, patch_size$"),
         ("iresnet10", {"image_size": 100}, "image_size is 100, but must be a positive multiple of 16, such as 96"),
         ("iresnet10", {"image_size": 0}, "image_size is 0, .* such as 16"),
         ("iresnet10", {"embedding_dim": 0}, "embedding_dim is 0, but must be at least 1"),
-        ("iresnet10", {"width": 0}, "width is 0, but must be at least 1"),
-        ("mobilefacenet", {"width": 0}, "width is 0, but must be at least 1"),
+        ("iresnet10", {"width": 0}, "^width is 0, but must be an integer of at least 1$"),
+        ("iresnet10", {"width": -3}, "^width is -3, but must be an integer of at least 1$"),
+        ("iresnet10", {"width": "abc"}, "^width is 'abc', but must be an integer of at least 1$"),
+        ("iresnet10", {"width": 8.0}, "^width is 8.0, but must be an integer of at least 1$"),
+        ("iresnet10", {"width": True}, "^width is True, but must be an integer of at least 1$"),
+        ("iresnet10", {"dropout": 7}, r"^dropout is 7, but must be a number in \[0, 1\)$"),
+        ("iresnet10", {"dropout": "abc"}, r"^dropout is 'abc', but must be a number in \[0, 1\)$"),
+        ("iresnet10", {"dropout": float("nan")}, r"^dropout is nan, but must be a number in \[0, 1\)$"),
+        ("mobilefacenet", {"width": "abc"}, "^width is 'abc', but must be an integer of at least 1$"),
         ("vit_tiny", {"patch_size": 9}, "image_size is 32, but must be a positive multiple of 9, such as 27"),
-        ("vit_tiny", {"patch_size": 0}, "patch_size is 0, but must be at least 1"),
-        ("vit_tiny", {"drop_path": 1.0}, r"drop_path is 1.0, but must be in \[0, 1\)"),
-        ("vit_tiny", {"final_norm": "layer"}, 'final_norm is "layer", but must be "batch" or "none"'),
+        ("vit_tiny", {"patch_size": 0}, "^patch_size is 0, but must be an integer of at least 1$"),
+        ("vit_tiny", {"patch_size": "abc"}, "^patch_size is 'abc', but must be an integer of at least 1$"),
+        ("vit_tiny", {"drop_path": 1.0}, r"^drop_path is 1.0, but must be a number in \[0, 1\)$"),
+        ("vit_tiny", {"drop_path": [0]}, r"^drop_path is \[0\], but must be a number in \[0, 1\)$"),
+        ("vit_tiny", {"final_norm": "layer"}, """^final_norm is 'layer', but must be "batch" or "none"$"""),
     ],
 )
 def test_wrong_requests_are_explained(name, options, message):
@@ -251,6 +260,8 @@ def test_timm_models_are_built_by_name_and_sized(monkeypatch):
     calls = []
 
     def create_model(name: str, **options: object) -> nn.Module:
+        if "bogus" in options:
+            raise TypeError("got an unexpected keyword argument 'bogus'")
         model = nn.Identity()
         if name == "vit":
             model.set_input_size = lambda img_size: calls.append(("size", img_size))
@@ -269,3 +280,5 @@ def test_timm_models_are_built_by_name_and_sized(monkeypatch):
     ]
     with pytest.raises(ValueError, match=r'unknown timm model "resnet81" \(did you mean "resnet18"\?\)'):
         build_backbone("timm:resnet81", embedding_dim=8, image_size=32)
+    with pytest.raises(ValueError, match=r"^options \{'bogus': 1\} do not go with backbone \"timm:vit\": got an unexp"):
+        build_backbone("timm:vit", embedding_dim=8, image_size=32, bogus=1)

@@ -39,11 +39,11 @@ def state_of(heads: HeadGroup, step: int) -> dict[str, Any]:
     return {"head": heads.state_dict(), "backbone": backbone, "progress": {"step": step, "losses": [0.5, 1.5]}}
 
 
-def run_with(directory: Path, heads: HeadGroup, *steps: int) -> Path:
+def run_with(directory: Path, heads: HeadGroup, *steps: int, data_fingerprint: str = "none") -> Path:
     """The directory of a run that has been saved at some steps."""
     store = CheckpointStore(directory / "checkpoints", mesh=MESH, keep_last=9)
     for step in steps:
-        metadata = {"num_classes": NUM_CLASSES, "tasks": ["main"]}
+        metadata = {"num_classes": NUM_CLASSES, "tasks": ["main"], "data_fingerprint": data_fingerprint}
         store.save(step, state_of(heads, step), metadata=metadata, score=step / 7)
     return directory
 
@@ -100,6 +100,26 @@ def test_inspect_and_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "MANIFEST.json cannot be read" in capsys.readouterr().err
 
 
+def test_what_is_no_directory_is_damaged_beside_good_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_with(tmp_path / "run", head_of(), 7, 14)
+    folder = run / "checkpoints"
+    (folder / "step-00000015").write_text("a file")
+    (folder / "step-00000016").symlink_to("nowhere")
+    (folder / "step-00000017").symlink_to("step-00000017")
+    (folder / "step-00000018").mkdir()
+    (folder / "step-00000018" / "__0_0.distcp").symlink_to("nowhere")
+    for command in ("inspect", "verify"):
+        assert main(["checkpoint", command, str(run)]) == 1
+        shown = capsys.readouterr()
+        states = {line.split()[0]: line.split()[-1] for line in shown.out.splitlines()[1:7]}
+        assert states == {"7": "good", "14": "good", "15": "damaged", "16": "damaged", "17": "damaged", "18": "damaged"}
+        assert f"{folder / 'step-00000015'} is damaged: MANIFEST.json cannot be read: Not a directory" in shown.err
+        assert f"{folder / 'step-00000016'} is damaged: MANIFEST.json cannot be read: No such file" in shown.err
+    (folder / "latest").symlink_to("step-00000014")
+    assert main(["checkpoint", "verify", str(folder / "latest")]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "14"]
+
+
 def test_a_pickle_that_was_changed_is_not_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_with(tmp_path / "run", head_of(), 7)
     damage(run / "checkpoints" / "step-00000007" / ".metadata")
@@ -135,18 +155,21 @@ def test_label_names_come_from_the_data(tmp_path: Path, capsys: pytest.CaptureFi
     overrides += ["evaluation.enabled=false"]
     run.mkdir()
     write_config(load_config(Path(__file__).parents[2] / "configs" / "quickstart.yaml", overrides), first_rank=True)
-    run_with(run, head_of(), 7)
+    run_with(run, head_of(), 7, data_fingerprint=ShardIndex.open(data / "train").fingerprint)
     assert main(["checkpoint", "export-centers", str(run), "--out", str(tmp_path / "centers.npy")]) == 0
     names = json.loads((tmp_path / "centers.json").read_text())["label_names"]
     # The head has room for three more.
     assert names == ShardIndex.open(data / "train").label_names
     assert len(names) == NUM_CLASSES - 3
-    # Without the data, that is said, and the rest is exported all the same.
+    # Without the data, or with other data in its place, that is said, and the rest is exported all the same.
     shutil.rmtree(data)
-    capsys.readouterr()
-    assert main(["checkpoint", "export-centers", str(run), "--out", str(tmp_path / "again.npy")]) == 0
-    assert "the file will have no label names: " in capsys.readouterr().err
-    assert json.loads((tmp_path / "again.json").read_text())["label_names"] is None
+    synthesize(data, identities=NUM_CLASSES - 3, images_per_identity=1, image_size=32, seed=1)
+    for out, reason in (("other", f"{data / 'train'} is not the data of this checkpoint"), ("gone", "")):
+        capsys.readouterr()
+        assert main(["checkpoint", "export-centers", str(run), "--out", str(tmp_path / f"{out}.npy")]) == 0
+        assert f"the file will have no label names: {reason}" in capsys.readouterr().err
+        assert json.loads((tmp_path / f"{out}.json").read_text())["label_names"] is None
+        shutil.rmtree(data, ignore_errors=True)
 
 
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> Any:

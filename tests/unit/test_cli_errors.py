@@ -1,4 +1,4 @@
-"""With which code the command line ends because of checkpoints, and who says why."""
+"""With which code the command line ends because of checkpoints or settings, and who says why."""
 
 from __future__ import annotations
 
@@ -88,6 +88,39 @@ def test_ranks_that_all_say_the_same_say_it_once(tmp_path: Path, faces: Path) ->
         assert ranks.errors(0).count("1 checkpoints and none is good; restore one, or move the directory away") == 1
         assert "partialfc: error" not in ranks.errors(1)
         assert "none is good" not in ranks.errors(1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["backbone.options.width=-3"], "backbone.options.width is -3, but must be an integer of at least 1"),
+        (["backbone.options.width=abc"], "backbone.options.width is 'abc', but must be an integer of at least 1"),
+        (["backbone.options.dropout=7"], "backbone.options.dropout is 7, but must be a number in [0, 1)"),
+        (
+            ["backbone.options={bogus: 1}"],
+            'backbone.options.bogus is no option of backbone "iresnet10"; allowed are dropout, width',
+        ),
+        (["data.image_size=40"], "data.image_size is 40, but must be a positive multiple of 16, such as 32"),
+        (
+            ["engine.sync_batch_norm=true"],
+            "engine.sync_batch_norm needs CUDA, as torch has it for nothing else, but the backbone is on cpu; set it "
+            "to false",
+        ),
+        (
+            ["engine.name=deepspeed", "engine.deepspeed_json={file}"],
+            "engine.deepspeed_json {file} sets steps_per_print to 0, but must be a positive integer",
+        ),
+    ],
+)
+def test_a_setting_is_named_by_its_path(
+    tmp_path: Path, faces: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+) -> None:
+    file = tmp_path / "zero.json"
+    file.write_text('{"steps_per_print": 0}', encoding="utf-8")
+    config = write_config(tmp_path, faces, steps=1, evaluation={"enabled": False})
+    given = [override.replace("{file}", str(file)) for override in overrides]
+    assert main(["train", str(config), *given]) == EXIT_USER_ERROR
+    assert capsys.readouterr().err == f"partialfc: error: {said.replace('{file}', str(file))}\n"
 
 
 SAID_LATE = """

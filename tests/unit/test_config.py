@@ -107,6 +107,16 @@ def test_the_quickstart_is_valid():
     assert isinstance(load_config(QUICKSTART), Config)
 
 
+@pytest.mark.parametrize(
+    "given",
+    ["{name: sgd, momentum: 0.5}", "{name: adamw, betas: [0.8, 0.9]}", "{name: adamw, momentum: 0.9}"],
+)
+def test_what_another_optimizer_has_may_stand_there_by_its_default(write, given):
+    # As in the configuration that a run writes, which has every value.
+    config = load_config(write(MINIMAL), [f"optimizer={given}"])
+    assert load_config(write(dump_config(config), "dump.yaml")) == config
+
+
 def test_extends_joins_files_and_later_values_win(write):
     write(MINIMAL + "optimizer: {learning_rate: 0.4, momentum: 0.8}\n", "base/base.yaml")
     write("extends: ../base/base.yaml\noptimizer: {learning_rate: 0.2}\n", "middle/middle.yaml")
@@ -155,6 +165,7 @@ def test_overrides_are_yaml_and_apply_in_order(write):
             "run.seed=7",
             "data.augmentation.horizontal_flip=0",
             "optimizer.max_gradient_norm=null",
+            "optimizer.name=adamw",
             "optimizer.betas=[0.8, 0.9]",
             "backbone.options.dropout=0.2",
             "run.directory=a=b",
@@ -197,8 +208,23 @@ def test_scientific_notation_is_a_number(write, text, number):
         ("training.precision=fp8", "training.precision: 'fp8' given; must be 'fp32', 'bf16' or 'fp16'"),
         (
             "engine.zero_stage=3",
-            "engine: {'zero_stage': 3} given; engine.zero_stage needs engine.name=deepspeed, but that is ddp",
+            "engine.zero_stage is 3, but needs engine.name=deepspeed, and that is ddp; leave it out",
         ),
+        (
+            "optimizer={name: adamw, momentum: 0.5}",
+            "optimizer.momentum is 0.5, but needs optimizer.name=sgd, and that is adamw; leave it out",
+        ),
+        (
+            "optimizer.betas=[0.8, 0.9]",
+            "optimizer.betas is (0.8, 0.9), but needs optimizer.name=adamw, and that is sgd; leave it out",
+        ),
+        ("optimizer={name: adamw, betas: [2, 0.9]}", "optimizer.betas.0: 2 given; must be less than 1"),
+        (
+            "optimizer={name: adamw, betas: [0.9, -0.1]}",
+            "optimizer.betas.1: -0.1 given; must be greater than or equal to 0",
+        ),
+        ("checkpoint.keep_best=true", "checkpoint.keep_best needs evaluation.enabled and evaluation.every_steps"),
+        ("data.stages=a:b", "data.stages needs data.loader=webdataset and data.exact=true"),
         (
             "supervision.hang_timeout_seconds=0",
             "supervision.hang_timeout_seconds: 0 given; must be greater than or equal to 1",

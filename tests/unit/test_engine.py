@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import json
 import multiprocessing
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +27,6 @@ from partialfc.backbones import build_backbone
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.engine import EngineSettings, LossScale, build_engine
 from partialfc.engine.prepare import blocks_of
-from partialfc.engine.zero_config import zero_config
 from partialfc.optim import build_optimizer, fill_state
 
 ALONE = ShardMesh.single()
@@ -302,58 +299,6 @@ def test_an_unknown_engine_is_named() -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineSettings(**settings)
-
-
-def test_deepspeed_is_told_to_clip_as_the_run_does(tmp_path: Path) -> None:
-    config = zero_config(EngineSettings(portions=4, zero_stage=3), num_parameters=100)
-    assert config["gradient_clipping"] == 0.0
-    assert config["gradient_accumulation_steps"] == 4
-    assert config["zero_optimization"]["stage"] == 3
-    path = tmp_path / "zero.json"
-    given = {
-        "gradient_clipping": 5.0,
-        "wall_clock_breakdown": True,
-        "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 7},
-    }
-    path.write_text(json.dumps(given), encoding="utf-8")
-    config = zero_config(EngineSettings(max_gradient_norm=5.0, deepspeed_json=path), num_parameters=100)
-    assert config["wall_clock_breakdown"] is True
-    assert config["zero_optimization"] == {
-        "stage": 2,
-        "reduce_bucket_size": 7,
-        "allgather_bucket_size": 100,
-        "overlap_comm": True,
-    }
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"gradient_clipping": 1.0}', "sets gradient_clipping to 1.0, but that is for max_gradient_norm to say"),
-        ('{"train_batch_size": 64}', "sets train_batch_size to 64, but that is for the batch of the run"),
-        ('{"bf16": {"enabled": true}}', 'sets bf16 to {"enabled": true}, but that is for the precision of the run'),
-        ('{"optimizer": {"type": "Adam"}}', "but that is for the optimizer of the run to say; take it out"),
-        ('{"zero_optimization": {"stage": 1}}', "sets zero_optimization.stage to 1, but that is for zero_stage"),
-        ('{"zero_optimization": 2}', "sets zero_optimization to 2, but must be an object"),
-        ("[1]", "has a list, but must be an object"),
-        ("{", "is not JSON"),
-        ('{"wall_clock_breakdown": NaN}', "NaN is no number of JSON"),
-        ('{"dump_state": true, "dump_state": false}', "the key 'dump_state' comes twice"),
-        ('{"curriculum_learning": {}}', "sets curriculum_learning, but allowed are comms_logger"),
-        (
-            '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}',
-            "sets zero_optimization.offload_optimizer, which needs DeepSpeed's own optimizers",
-        ),
-        (None, "cannot be read: No such file"),
-    ],
-)
-def test_a_file_that_contradicts_the_run_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
-    path = tmp_path / "zero.json"
-    if text is not None:
-        path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=message) as raised:
-        zero_config(EngineSettings(deepspeed_json=path), num_parameters=10)
-    assert str(path) in str(raised.value)
 
 
 def test_deepspeed_does_not_compile_in_stage_3() -> None:

@@ -25,7 +25,9 @@ check_python() {
     said=$("${python[@]}" -c 'print(6 * 7)' 2>&1 </dev/null) || code=$?
     # SIGTERM, which Slurm sends to all processes of a job, says nothing about Python.
     if [[ $code != 143 && ($code != 0 || $'\n'$said$'\n' != *$'\n42\n'*) ]]; then
-        refuse "$what, but this does not run Python: '${python[*]} -c \"print(6 * 7)\"' ended with code $code" \
-            "and said '$said'; $wanted"
+        (refuse "$what, but this does not run Python: '${python[*]} -c \"print(6 * 7)\"' ended with code $code" \
+            "and said '$said'; $wanted") || true
+        # Above are those of signals, and of containers that do not start, which may do so at another time.
+        exit $((code < 128 ? 2 : 75))
     fi
 }

@@ -21,13 +21,15 @@ _DAMAGED = 1
 
 def _inspect(options: argparse.Namespace) -> int:
     from partialfc.checkpoint.inspection import find_checkpoints, summarize
+    from partialfc.checkpoint.manifest import MANIFEST_NAME
 
     paths = find_checkpoints(options.path)
     summaries = [summarize(path, contents=False) for path in paths]
     print(_table(summaries))
-    if paths == [options.path] and summaries[0].damage is None:
+    is_one = (options.path / MANIFEST_NAME).exists()  # and not the only one of a folder
+    if is_one and summaries[0].damage is None:
         print(_metadata_lines(summaries[0].metadata))
-        print(_tensor_lines(options.path))
+        print(_tensor_lines(paths[0]))
     print("\nFiles were compared by size; `partialfc checkpoint verify` reads them.")
     return _report(summaries)
 
@@ -99,7 +101,7 @@ def _label_names(path: Path, task: str, metadata: dict[str, Any]) -> list[str] |
         config = load_config(path.absolute().parent.parent / "config.yaml")
         index = open_tasks(config)[task].index
         if index.fingerprint != _fact(metadata, task, "data_fingerprint"):
-            raise ValueError(f"{index.directory} is not the data of this checkpoint")
+            raise ValueError(f"{index.directory} has other data than the checkpoint was trained on")
     except (OSError, ValueError) as error:
         print(f"partialfc: the file will have no label names: {error}", file=sys.stderr)
         return None
@@ -109,7 +111,7 @@ def _label_names(path: Path, task: str, metadata: dict[str, Any]) -> list[str] |
 
 def _fact(metadata: dict[str, Any], task: str, name: str) -> Any:
     """What a checkpoint says of one of its tasks."""
-    return metadata[name if task == "main" else f"{task}/{name}"]
+    return metadata.get(name if task == "main" else f"{task}/{name}")
 
 
 def _reshard(options: argparse.Namespace) -> int:

@@ -75,6 +75,8 @@ class Record:
         progress.skipped_steps = 0 if good else progress.skipped_steps + 1
         if not good:
             self._say_skipped(loss, outcome)
+        if progress.skipped_steps >= run.config.supervision.max_skipped_steps:
+            self.finish()
         progress.unwritten_losses.append(loss)
         self.learning_rate = run.learning_rate(run.config.optimizer.learning_rate, run.step - 1)
         if run.step % run.config.run.log_every_steps and run.step != run.total_steps:
@@ -96,16 +98,14 @@ class Record:
         progress.unwritten_losses.clear()
 
     def _say_skipped(self, loss: float, outcome: StepOutcome) -> None:
-        run, in_a_row = self._run, self._run.progress.skipped_steps
-        most = run.config.supervision.max_skipped_steps
+        run = self._run
         if run.mesh.rank == 0:
             logger.warning(
-                "step %d is skipped, as not all is finite: loss %g, gradient norm %g; %d in a row, of at most %d "
-                "(supervision.max_skipped_steps)",
-                *(run.step, loss, outcome.gradient_norm, in_a_row, most),
+                "the backbone did not move in step %d, as not all is finite: loss %g, gradient norm %g; %d in a row, "
+                "and at supervision.max_skipped_steps=%d the run stops",
+                *(run.step, loss, outcome.gradient_norm),
+                *(run.progress.skipped_steps, run.config.supervision.max_skipped_steps),
             )
-        if in_a_row >= most:
-            self.finish()
 
     def settle(self) -> None:
         """Writes down the bad samples up to now: before a save, which is where the run would go on. Collective.

@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 _OPTIONAL_SECTIONS = ("ema", "loss_scale")
 
 
+# Settings of these decide of which tensors a state is made.
+_SECTIONS_OF_STATE = ("backbone", "head", "tasks", "optimizer", "engine")
+
+
 class SaveError(CheckpointError):
     """Too many saves have failed. Earlier checkpoints are good; when the storage is well again, the run can go on."""
 
@@ -113,12 +117,16 @@ def _go_on_from(path: Path, run: Run) -> None:
 
 
 def _with_changes(error: CheckpointError, changed: dict[str, tuple[Any, Any]]) -> CheckpointError:
-    """The error, with the settings that may be what a checkpoint does not fit to."""
-    if error.passing or not changed:
+    """The error, with the settings of which one may be what a checkpoint does not fit to."""
+    suspects = [
+        f"{name} was {old} and is {new}"
+        for name, (old, new) in changed.items()
+        if name.partition(".")[0] in _SECTIONS_OF_STATE or name == "data.image_size"
+    ]
+    if error.passing or not suspects:
         return error
-    settings = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
     return CheckpointError(
-        f"{error}\nsince it was saved, {settings}; give the run the old values, or another run.directory"
+        f"{error}\nsince it was saved, {', '.join(suspects)}; give the run the old value, or another run.directory"
     )
 
 

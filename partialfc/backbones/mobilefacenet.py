@@ -53,7 +53,7 @@ class MobileFaceNet(nn.Module):
         width: channels of the stem; later layers have width * (1, 2, 8).
 
     Raises:
-        ValueError: if a size is out of its range.
+        ValueError: if an argument is out of its range.
     """
 
     def __init__(self, *, embedding_dim: int, image_size: int, width: int = 64) -> None:

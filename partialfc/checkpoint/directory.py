@@ -46,7 +46,11 @@ class CheckpointDirectory:
         self.damaged: set[str] = set()
 
     def steps(self) -> list[int]:
-        """Of the committed checkpoints, ascending."""
+        """Of the committed checkpoints, ascending.
+
+        Raises:
+            OSError: if the directory cannot be listed.
+        """
         return sorted(step for step in map(step_of, self._entries()) if step is not None)
 
     def path_of(self, step: int) -> Path:
@@ -54,7 +58,11 @@ class CheckpointDirectory:
         return self.path / f"step-{step:08d}"
 
     def scores(self) -> dict[int, float]:
-        """By step, of those committed checkpoints that have one."""
+        """By step, of those committed checkpoints that have one.
+
+        Raises:
+            OSError: if the directory cannot be listed.
+        """
         found = {}
         for step in self.steps():
             manifest = self._manifest_of(step)
@@ -128,7 +136,11 @@ class CheckpointDirectory:
             logger.warning("could not remove old checkpoints in %s: %s", self.path, error)
 
     def put_back(self) -> None:
-        """Gives a checkpoint its name again that was to be replaced by a process that was killed just then."""
+        """Gives a checkpoint its name again that was to be replaced by a process that was killed just then.
+
+        Raises:
+            OSError: if the directory cannot be listed, or the name not be given.
+        """
         for replaced in filter(_is_leftover, self._entries()):
             path = self.path / replaced.name.removeprefix(_REPLACED_PREFIX)
             if path.name != replaced.name and not os.path.lexists(path):

@@ -44,8 +44,8 @@ def find_checkpoints(path: Path) -> list[Path]:
     Raises:
         ValueError: if it is none of these, or there is none.
     """
-    if step_of(path.absolute()) is None and path.is_symlink():
-        path = path.resolve()  # such as `latest`
+    if step_of(path.absolute()) is None and step_of(path.resolve()) is not None:
+        path = path.resolve()  # a link such as `latest`
     if step_of(path.absolute()) is not None and path.is_dir():
         return [path]
     folder = path / _FOLDER if (path / _FOLDER).is_dir() else path

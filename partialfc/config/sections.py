@@ -224,7 +224,7 @@ class OptimizerConfig(_Section):
             if given != default and self.name != name:
                 raise ValueError(
                     f"optimizer.{setting} is {given}, but needs optimizer.name={name}, and that is {self.name}; leave "
-                    "it out"
+                    f"it out, or set it to {default}"
                 )
         return self
 
@@ -278,7 +278,8 @@ class EngineConfig(_Section):
             given = getattr(self, name)
             if given != default and self.name != "deepspeed":
                 raise ValueError(
-                    f"engine.{name} is {given}, but needs engine.name=deepspeed, and that is {self.name}; leave it out"
+                    f"engine.{name} is {given}, but needs engine.name=deepspeed, and that is {self.name}; leave it "
+                    f"out, or set it to {'null' if default is None else default}"
                 )
         return self
 

@@ -58,8 +58,12 @@ _NOT_SUPPORTED = {
 _NEEDS_CUDA = ("zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zero_quantized_weights")
 
 
+_UNUSED = (False, None, -1)  # of what is not supported
+
+
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    # Such as 1e5, which many files have.
+    return not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
 
 
 # What a value must be, in words, and whether it is.
@@ -74,7 +78,7 @@ _POSITIVE: _Kind = ("a positive integer", lambda value: _is_whole(value) and val
 # checks by itself: see `refusals_of_deepspeed`.
 _ALLOWED: dict[str, _Kind] = {
     "comms_logger": _OBJECT,
-    "communication_data_type": ("fp16, bf16 or fp32", lambda value: value in ("fp16", "bf16", "fp32")),
+    "communication_data_type": ("fp16, bf16, fp32 or null", lambda value: value in ("fp16", "bf16", "fp32", None)),
     "dump_state": _BOOLEAN,
     "flops_profiler": _OBJECT,
     "memory_breakdown": _BOOLEAN,
@@ -180,7 +184,7 @@ def _check_owners(given: dict[str, Any], own: dict[str, Any], path: Path, prefix
                 f"deepspeed_json {path} sets {name} to {json.dumps(value)}, but that is for {_OWN[name]} to say; take "
                 "it out of the file"
             )
-        if name in _NOT_SUPPORTED:
+        if name in _NOT_SUPPORTED and value not in _UNUSED:
             raise ValueError(
                 f"deepspeed_json {path} sets {name}, which {_NOT_SUPPORTED[name]}; take it out of the file"
             )
@@ -216,6 +220,9 @@ def refusals_of_deepspeed(path: Path | None) -> Iterator[None]:
 
     Args:
         path: the user's file; None without one, when every error is one of ours.
+
+    Raises:
+        ValueError: instead of an error of DeepSpeed.
     """
     try:
         yield

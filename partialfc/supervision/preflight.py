@@ -124,7 +124,9 @@ def _versions() -> dict[str, str]:
 
 def _check_directory(mesh: ShardMesh, directory: Path, hosts: list[str]) -> None:
     # Or where it will be made: a run that cannot begin leaves nothing.
-    place = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+    folders = [directory, *directory.absolute().parents]
+    level = next(number for number, folder in enumerate(folders) if folder.exists())
+    place = folders[level]
     token, error = place / f".preflight-{uuid.uuid4().hex}", None
     if mesh.rank == 0:
         try:
@@ -133,8 +135,9 @@ def _check_directory(mesh: ShardMesh, directory: Path, hosts: list[str]) -> None
             text = f"run.directory {directory} cannot be written: {failure.strerror}: {place}"
             error = OSError(failure.errno, text)  # its number says whether another start may do better
     agree(mesh, signal=0, error=error)
-    # Each looks in the folder that it takes for this one: a relative path may lead elsewhere from where it was started.
-    path = place / gather_objects(token.name, mesh)[0]
+    # Each looks in what is that folder for itself: a relative path may lead elsewhere from where it was started.
+    level, name = gather_objects((level, token.name), mesh)[0]
+    path = folders[min(level, len(folders) - 1)] / name
     deadline = time.monotonic() + _SEE_SECONDS
     while not (seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)

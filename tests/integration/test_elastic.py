@@ -65,8 +65,9 @@ SOME_RUNS = [
 STAGES = {0: (4, 2), 2: (3, 3), 4: (1, 1), 6: (2, 1)}
 TOLERANCE = 1e-6
 # Sums are rounded otherwise on another number of ranks. Now and then that takes an element of a class center over the
-# bound at which it is rounded to the next number of 16 bits, and so the loss away by some millionths.
-TOLERANCE_16_BITS = 1e-5
+# bound at which it is rounded to the next number of 16 bits, which is 1/2048 (float16) or 1/256 (bfloat16) away. In one
+# of the 16 elements of one class of 24 images, that moves the mean loss by some millionths.
+TOLERANCE_16_BITS = 1e-4
 
 
 @pytest.fixture(scope="module")

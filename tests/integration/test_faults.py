@@ -362,7 +362,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_and_the_run_goes_on_from_the_
     with running_ranks(tmp_path, [_train(config, *too_fast)] * 2) as ranks:
         assert ranks.ended() == [EXIT_USER_ERROR, EXIT_USER_ERROR], ranks.errors(0)
     for number, step in enumerate((42, 43, 44), start=1):
-        skipped = f"step {step} is skipped, as not all is finite: loss nan, gradient norm nan; {number} in a row"
+        skipped = f"not move in step {step}, as not all is finite: loss nan, gradient norm nan; {number} in a row, and"
         assert skipped in ranks.errors(0), ranks.errors(0)
     assert "loss or gradient was not finite for 3 steps up to step 44" in ranks.errors(0)
     assert f"the checkpoints in {run / 'checkpoints'} are good" in ranks.errors(0)

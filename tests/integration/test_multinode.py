@@ -267,6 +267,19 @@ def test_a_fixed_number_of_machines_ends_when_one_is_gone(machines: Machines) ->
     assert machines.exit_code(2) == 75
 
 
+@pytest.mark.soak
+def test_the_machine_where_all_meet_dies_and_all_are_started_again(machines: Machines) -> None:
+    machines.start_both("1:2")
+    machines.kill(1)
+    assert machines.exit_code(2) == 75
+    assert re.search(r"rank \d \(machine1, pid \d+\)", machines.log(2))
+    for number in (1, 2):
+        machines.start(number, "1:2")
+    machines.wait_for(lambda: len(machines.world_sizes()) > 1 and machines.world_sizes()[-1] == 2)
+    machines.wait_for_step(len(machines.losses()) + 10)
+    _assert_as_alone(machines)
+
+
 def test_one_of_two_machines_is_told_to_stop(machines: Machines) -> None:
     """It leaves with all that was done; the other goes on from there, without a step lost."""
     machines.start_both("1:2")

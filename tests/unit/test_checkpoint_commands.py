@@ -118,6 +118,8 @@ def test_what_is_no_directory_is_damaged_beside_good_ones(tmp_path: Path, capsys
     (folder / "latest").symlink_to("step-00000014")
     assert main(["checkpoint", "verify", str(folder / "latest")]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "14"]
+    assert main(["checkpoint", "inspect", str(folder / "latest")]) == 0
+    assert "backbone.layer.weight" in capsys.readouterr().out
 
 
 def test_a_pickle_that_was_changed_is_not_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,12 +166,43 @@ def test_label_names_come_from_the_data(tmp_path: Path, capsys: pytest.CaptureFi
     # Without the data, or with other data in its place, that is said, and the rest is exported all the same.
     shutil.rmtree(data)
     synthesize(data, identities=NUM_CLASSES - 3, images_per_identity=1, image_size=32, seed=1)
-    for out, reason in (("other", f"{data / 'train'} is not the data of this checkpoint"), ("gone", "")):
+    for out, reason in (("other", f"{data / 'train'} has other data than the checkpoint was"), ("gone", "")):
         capsys.readouterr()
         assert main(["checkpoint", "export-centers", str(run), "--out", str(tmp_path / f"{out}.npy")]) == 0
         assert f"the file will have no label names: {reason}" in capsys.readouterr().err
         assert json.loads((tmp_path / f"{out}.json").read_text())["label_names"] is None
         shutil.rmtree(data, ignore_errors=True)
+
+
+def test_label_names_of_each_task_come_from_its_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, sets = tmp_path / "run", {"main": tmp_path / "faces", "products": tmp_path / "products"}
+    for seed, directory in enumerate(sets.values()):
+        synthesize(directory, identities=NUM_CLASSES - seed, images_per_identity=1, image_size=32, seed=seed)
+    overrides = [f"run.directory={run}", f"data.directory={sets['main']}", "evaluation.enabled=false"]
+    overrides += [f"tasks.products.data_directory={sets['products']}", "tasks.products.head.margin.name=CosFace"]
+    overrides += ["tasks.products.global_batch_size=8"]
+    run.mkdir()
+    write_config(load_config(Path(__file__).parents[2] / "configs" / "quickstart.yaml", overrides), first_rank=True)
+    heads = HeadGroup({name: PartialFC(NUM_CLASSES - seed, DIM, margin=CosFace()) for seed, name in enumerate(sets)})
+    indices = {name: ShardIndex.open(directory / "train") for name, directory in sets.items()}
+    metadata: dict[str, Any] = {"tasks": list(sets)}
+    for name, index in indices.items():
+        prefix = "" if name == "main" else f"{name}/"
+        metadata |= {f"{prefix}num_classes": index.num_classes, f"{prefix}data_fingerprint": index.fingerprint}
+    # As on a cluster whose checkpoints are kept elsewhere.
+    (tmp_path / "scratch").mkdir()
+    (run / "checkpoints").symlink_to(tmp_path / "scratch")
+    CheckpointStore(run / "checkpoints", mesh=MESH).save(7, state_of(heads, 7), metadata=metadata)
+    export = ["checkpoint", "export-centers", str(run / "checkpoints"), "--task"]
+    for name, index in indices.items():
+        assert main([*export, name, "--out", str(tmp_path / f"{name}.npy")]) == 0
+        assert json.loads((tmp_path / f"{name}.json").read_text())["label_names"] == index.label_names
+        assert np.array_equal(np.load(tmp_path / f"{name}.npy"), heads[name].gather_class_centers().numpy())
+    shutil.rmtree(sets["products"])
+    shutil.copytree(sets["main"], sets["products"])
+    capsys.readouterr()
+    assert main([*export, "products", "--out", str(tmp_path / "again.npy")]) == 0
+    assert f"{sets['products'] / 'train'} has other data than the checkpoint was trained on" in capsys.readouterr().err
 
 
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> Any:

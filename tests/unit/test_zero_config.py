@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from engine_cases import Case
+from support import SOON_SECONDS
 
 from partialfc.distributed.mesh import ShardMesh
 from partialfc.engine import EngineSettings
@@ -90,7 +91,7 @@ def test_deepspeed_is_told_to_clip_as_the_run_does(tmp_path: Path) -> None:
         ('{"flops_profiler": {"bogus": 1}}', "sets flops_profiler.bogus, but allowed are detailed, enabled, module"),
         ('{"comms_logger": [1]}', r"sets comms_logger to \[1\], but must be an object$"),
         ('{"comms_logger": {"bogus": 1}}', "sets comms_logger.bogus, but allowed are debug, enabled, prof_all"),
-        ('{"communication_data_type": 3}', "sets communication_data_type to 3, but must be fp16, bf16 or fp32$"),
+        ('{"communication_data_type": 3}', "sets communication_data_type to 3, but must be fp16, bf16, fp32 or null$"),
         ('{"wall_clock_breakdown": "x"}', 'sets wall_clock_breakdown to "x", but must be true or false$'),
         (None, "cannot be read: No such file"),
     ],
@@ -126,6 +127,7 @@ def _refusals(paths: list[Path], results: Any) -> None:
     for path in paths:
         try:
             Case("zero2", settings={"deepspeed_json": path}).build(ShardMesh.single())
+            results.put((None, "accepted"))
         except Exception as error:
             results.put((type(error), str(error)))
 
@@ -138,6 +140,14 @@ def test_what_needs_cuda_is_passed_on_there(tmp_path: Path) -> None:
     assert config["zero_optimization"]["zero_quantized_weights"] is True
 
 
+def test_what_a_file_of_others_has_without_using_it_is_passed_on(tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text('{"steps_per_print": 1e5, "zero_optimization": {"cpu_offload": false, "mics_shard_size": -1}}')
+    config = zero_config(EngineSettings(deepspeed_json=path), num_parameters=10, device_type="cpu")
+    assert config["steps_per_print"] == 100_000
+    assert config["zero_optimization"]["cpu_offload"] is False
+
+
 def test_what_deepspeed_itself_refuses_names_file_and_key(tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.json" for number in range(len(REFUSED_BY_DEEPSPEED))]
     for path, text in zip(paths, REFUSED_BY_DEEPSPEED, strict=True):
@@ -146,9 +156,12 @@ def test_what_deepspeed_itself_refuses_names_file_and_key(tmp_path: Path) -> Non
     results = context.Queue()
     process = context.Process(target=_refusals, args=(paths, results))
     process.start()
-    found = [results.get(timeout=200) for _ in paths]
-    process.join(timeout=60)
-    assert process.exitcode == 0
+    try:
+        found = [results.get(timeout=SOON_SECONDS) for _ in paths]
+        process.join(SOON_SECONDS)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
     for path, (kind, message), expected in zip(paths, found, REFUSED_BY_DEEPSPEED.values(), strict=True):
         assert kind is ValueError
         assert message.startswith(f"deepspeed_json {path} {expected}"), message

@@ -200,7 +200,11 @@ def _assert_as_alone(machines: Machines) -> None:
     finally:
         process.kill()
         process.wait()
-    assert losses == pytest.approx(alone.losses()[: len(losses)], rel=1e-5)
+    expected = alone.losses()[: len(losses)]
+    assert losses[:30] == pytest.approx(expected[:30], rel=1e-5)
+    # Sums are rounded otherwise on two ranks, and training lets that grow: to 1e-4 in 150 steps, and the busier the
+    # machine, the more steps there are. With another batch, or a step too many, a loss is percents away.
+    assert losses == pytest.approx(expected, rel=1e-3)
 
 
 def _cut_off_and_named(machines: Machines) -> None:

@@ -223,14 +223,15 @@ def test_a_job_goes_on_as_if_nothing_had_happened(
 
 
 def test_time_limit(cluster: Cluster, tmp_path: Path, faces: Path) -> None:
-    """Slurm looks at limits now and then, so the run is a longer one."""
+    """Slurm looks at limits twice a minute, so the run is a longer one, and its limit one or two minutes away."""
     longer = {"training": {"epochs": 4 * STEPS * 16 / 96, "global_batch_size": 16}}
     job, alone = (Job(cluster, tmp_path / name, faces, **longer) for name in ("job", "alone"))
-    job.submit("--time=10", "--signal=B:USR2@60")
+    job.submit("--time=30", "--signal=B:USR2@120")
     job.wait_for_step(30)
-    cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=1")
+    hours, minutes, _ = map(int, cluster.show(job.id)["RunTime"].split(":"))
+    cluster.run("scontrol", "update", f"JobId={job.id}", f"TimeLimit={60 * hours + minutes + 2}")
     cluster.wait_for(lambda: job.restarts == 1, SECONDS, lambda: job.log)
-    cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
+    cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=30")
     job.finish()
     assert "told to stop by SIGUSR2; saved after step" in job.log
     assert job.restarts == 1

@@ -208,15 +208,17 @@ def test_scientific_notation_is_a_number(write, text, number):
         ("training.precision=fp8", "training.precision: 'fp8' given; must be 'fp32', 'bf16' or 'fp16'"),
         (
             "engine.zero_stage=3",
-            "engine.zero_stage is 3, but needs engine.name=deepspeed, and that is ddp; leave it out",
+            "engine.zero_stage is 3, but needs engine.name=deepspeed, and that is ddp; leave it out, or set it to 2",
         ),
         (
             "optimizer={name: adamw, momentum: 0.5}",
-            "optimizer.momentum is 0.5, but needs optimizer.name=sgd, and that is adamw; leave it out",
+            "optimizer.momentum is 0.5, but needs optimizer.name=sgd, and that is adamw; "
+            "leave it out, or set it to 0.9",
         ),
         (
             "optimizer.betas=[0.8, 0.9]",
-            "optimizer.betas is (0.8, 0.9), but needs optimizer.name=adamw, and that is sgd; leave it out",
+            "optimizer.betas is (0.8, 0.9), but needs optimizer.name=adamw, and that is sgd; "
+            "leave it out, or set it to (0.9, 0.999)",
         ),
         ("optimizer={name: adamw, betas: [2, 0.9]}", "optimizer.betas.0: 2 given; must be less than 1"),
         (

@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 # A run may be given these, or do without, when it goes on.
 _OPTIONAL_SECTIONS = ("ema", "loss_scale")
 
-
 # Settings of these decide of which tensors a state is made.
 _SECTIONS_OF_STATE = ("backbone", "head", "tasks", "optimizer", "engine")
 
@@ -99,7 +98,13 @@ def _go_on_from(path: Path, run: Run) -> None:
     try:
         run.store.load(path, state, verified=True)
     except CheckpointError as error:
-        raise _with_changes(error, _changed_settings(run, metadata)) from error
+        suspects = _changes_of_state(run, metadata)
+        if error.passing or not suspects:
+            raise
+        text = (
+            f"{error}\nsince it was saved, {', '.join(suspects)}; give the run the old value, or another run.directory"
+        )
+        raise CheckpointError(text) from error
     progress = Progress(**json.loads(state["progress"]["state"]))
     if progress.step > run.total_steps:
         raise ValueError(
@@ -116,18 +121,13 @@ def _go_on_from(path: Path, run: Run) -> None:
             logger.warning("%s was %s when the run was saved, and is %s from here on", name, old, new)
 
 
-def _with_changes(error: CheckpointError, changed: dict[str, tuple[Any, Any]]) -> CheckpointError:
-    """The error, with the settings of which one may be what a checkpoint does not fit to."""
-    suspects = [
+def _changes_of_state(run: Run, metadata: dict[str, Any]) -> list[str]:
+    """The changed settings of which one may be why a checkpoint does not fit, in words."""
+    return [
         f"{name} was {old} and is {new}"
-        for name, (old, new) in changed.items()
+        for name, (old, new) in _changed_settings(run, metadata).items()
         if name.partition(".")[0] in _SECTIONS_OF_STATE or name == "data.image_size"
     ]
-    if error.passing or not suspects:
-        return error
-    return CheckpointError(
-        f"{error}\nsince it was saved, {', '.join(suspects)}; give the run the old value, or another run.directory"
-    )
 
 
 def _check_facts(run: Run, path: Path, metadata: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ def check_reshard(path: Path, out: Path, *, num_ranks: int) -> Path:
     if not 1 <= num_ranks <= _MOST_RANKS:
         raise ValueError(f"--ranks is {num_ranks}, but must be from 1 to {_MOST_RANKS}")
     copy = out / path.absolute().name
-    if copy.exists():
+    if os.path.lexists(copy):  # a link to nothing would be replaced
         raise ValueError(f"{copy} exists; give another --out")
     return copy
 

@@ -319,6 +319,12 @@ def test_reshard_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         assert main(["checkpoint", "reshard", str(run), "--ranks", "2", "--out", str(out)]) == 2
     assert "was not copied as it is" in capsys.readouterr().err
     assert list(out.iterdir()) == []
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "step-00000007").symlink_to("nowhere")
+    assert main(["checkpoint", "reshard", str(run), "--ranks", "2", "--out", str(linked)]) == 2
+    assert f"{linked / 'step-00000007'} exists; give another --out" in capsys.readouterr().err
+    assert [path.readlink() for path in linked.iterdir()] == [Path("nowhere")]
     damage(own / "step-00000007" / "__0_0.distcp")
     assert main(["checkpoint", "reshard", str(run), "--ranks", "2", "--out", str(out)]) == 1
     assert list(out.iterdir()) == []
